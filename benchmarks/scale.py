@@ -24,9 +24,10 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo.memory import ppo_memory
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.workload import ppo_work
+from rlhf_cli.stages.workload import Workload
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-PLANNED, COUNTS = ("h100", "h200"), (1, 8, 64)
+PLANNED, COUNTS, SERVED = ("h100", "h200"), (1, 8, 64), (8, 32)
 PROMPT, COMPLETION = 512, 1_024
 STEP = {
     "steps": 1,
@@ -54,6 +55,7 @@ class Case:
         share: `generation.gpu_memory_utilization` with vLLM; None is the torch engine.
         engine_gpus: see `Predictor`.
         has_reward_model: whether a reward model scores the completions.
+        server_gpus: further GPUs, of a vLLM server that draws.
     """
 
     shape: ModelShape
@@ -65,13 +67,21 @@ class Case:
     share: float | None = None
     engine_gpus: int = 1
     has_reward_model: bool = True
+    server_gpus: int = 0
 
     def predict(self) -> tuple[MemoryNeed, Mapping[str, Took]]:
         """Return memory and time of the step on one GPU, with sharding where there are several."""
+        memory, predictor, work = self.planned()
+        return memory, predictor.phases(work)
+
+    def planned(self) -> tuple[MemoryNeed, Predictor, Workload]:
+        """Return the memory of the step on one GPU, what predicts its time, and its work."""
         sharding = "fsdp" if self.cluster.count > 1 else "none"
         generation: dict[str, object] = {"engine": "torch"}
         if self.share is not None:
             generation = {"engine": "vllm", "gpu_memory_utilization": self.share}
+        if self.server_gpus:
+            generation = {"vllm_server": "http://server:8000"}
         recipe = Recipe.model_validate(
             {
                 "model": {"path": "model", "precision": "bfloat16", "sharding": sharding},
@@ -93,9 +103,13 @@ class Case:
             self.longest,
             has_reward_model=self.has_reward_model,
         )
-        extent = Target(self.cluster).extent(Extent(self.shape, reward, tokens=work.largest, prompt=self.prompt), work)
-        predictor = Predictor(self.cluster, recipe, extent, settings.gradient_checkpointing, is_full, self.engine_gpus)
-        return ppo_memory(settings, recipe, extent), predictor.phases(work)
+        target = Target(self.cluster, server_gpus=self.server_gpus)
+        extent = target.extent(Extent(self.shape, reward, tokens=work.largest, prompt=self.prompt), work)
+        predictor = Predictor(
+            self.cluster, recipe, extent, settings.gradient_checkpointing, is_full, self.engine_gpus,
+            target.server(extent, work),
+        )  # fmt: skip
+        return ppo_memory(settings, recipe, extent), predictor, work
 
 
 def predictions(gpu: str) -> Iterator[str]:
@@ -115,6 +129,30 @@ def _cells(shape: ModelShape, cluster: Cluster, adapter: str) -> tuple[str, str,
         return f"{memory.total / 1e9:,.0f}", "", f"do not fit: {', '.join(large)}"
     longest = max(phases, key=lambda phase: phases[phase].total)
     return f"{memory.total / 1e9:,.0f}", f"{seconds(phases):,.0f}", f"`{longest}`: {phases[longest].limit}"
+
+
+def with_server() -> Iterator[str]:
+    """Yield the lines of the table of training and a vLLM server on GPUs of their own."""
+    yield "| model | GPUs: training + server | adapter | GB per training GPU | GPUs per engine | sending, s | step, s |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, shape in SIZES.items():
+        for count in SERVED:
+            for adapter in ("none", "lora"):
+                cluster = Cluster.of(PLANNED[0], count)
+                case = Case(shape, cluster, {**STEP, "adapter": adapter, "overlap_rollouts": True}, server_gpus=count)
+                yield f"| {name.upper()} | {count} + {count} | `{adapter}` | {' | '.join(_served(case))} |"
+
+
+def _served(case: Case) -> tuple[str, str, str, str]:
+    memory, predictor, work = case.planned()
+    held = f"{memory.total / 1e9:,.0f}"
+    if predictor.server is None:
+        return held, "too few", "", ""
+    sizes = str(predictor.server.engine_gpus), f"{predictor.transfer(case.shape):,.1f}"
+    if memory.total > case.cluster.memory:
+        large = [f"`{phase}`" for phase in memory.phases if memory.of(phase) > case.cluster.memory]
+        return held, *sizes, f"do not fit: {', '.join(large)}"
+    return held, *sizes, f"{seconds(predictor.phases(work)):,.0f}"
 
 
 def seconds(phases: Mapping[str, Took]) -> float:
@@ -218,6 +256,7 @@ def tables() -> dict[str, str]:
     """Return the tables of the page by name."""
     head = ["| published | value | predicted here | published / predicted |", "|---|---|---|---|"]
     found = {gpu: "\n".join(predictions(gpu)) for gpu in PLANNED}
+    found["server"] = "\n".join(with_server())
     found["gpus"] = "\n".join(_data_sheets())
     return found | {"published": "\n".join([*head, *(one.line() for one in published())])}
 

@@ -31,6 +31,10 @@ _INTERCONNECT = Annotated[
         "--interconnect", metavar="GBIT", min=0.1, help="With --gpu: Gbit/s between nodes per GPU; default: 400."
     ),
 ]
+_SERVER_GPUS = Annotated[
+    int | None,
+    typer.Option("--server-gpus", metavar="N", min=1, help="With --gpu: further GPUs, of `generation.vllm_server`."),
+]
 _SIZE = Annotated[
     str | None,
     typer.Option(
@@ -50,6 +54,7 @@ def plan(
     gpus: _GPUS = None,
     nodes: _NODES = None,
     interconnect: _INTERCONNECT = None,
+    server_gpus: _SERVER_GPUS = None,
     size: _SIZE = None,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +70,8 @@ def plan(
 
     loaded = load_recipe(recipe, settings or [])
     folder = run_dir or loaded.recipe.default_run_dir
-    target = _target(gpu, {"--gpus": gpus, "--nodes": nodes, "--interconnect": interconnect, "--size": size})
+    options = {"--gpus": gpus, "--nodes": nodes, "--interconnect": interconnect, "--size": size}
+    target = _target(gpu, options | {"--server-gpus": server_gpus})
     found = plan_run(loaded, folder, Selection(first, last), trial=not no_trial, target=target)
     if as_json:
         typer.echo(json.dumps(plan_json(found), indent=2, ensure_ascii=False))
@@ -87,4 +93,4 @@ def _target(gpu: str | None, others: dict[str, Any]) -> Target | None:
         return None
     size = given.get("--size")
     cluster = Cluster.of(gpu, given.get("--gpus", 1), given.get("--nodes"), given.get("--interconnect", 400.0))
-    return Target(cluster, None if size is None else find_size(size))
+    return Target(cluster, None if size is None else find_size(size), given.get("--server-gpus", 0))

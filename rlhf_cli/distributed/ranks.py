@@ -33,6 +33,11 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def local_world_size() -> int | None:
+    """Number of processes that the launcher started on this machine; None if it does not say."""
+    return _number("LOCAL_WORLD_SIZE", 0) or None
+
+
 def is_main() -> bool:
     """Whether this process writes files and prints messages."""
     return rank() == 0

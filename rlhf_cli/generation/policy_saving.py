@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.agreement import by_main
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -28,7 +27,7 @@ from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
 from rlhf_cli.models.sharded_loading import open_policy
 from rlhf_cli.models.sharded_saving import ShardedWeights
-from rlhf_cli.models.sharding import computing, is_sharded, whole
+from rlhf_cli.models.sharding import computing, is_sharded
 from rlhf_cli.models.split_weights import copy_weights, join_weights
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
 from rlhf_cli.settings.shared import LoraSettings
@@ -181,27 +180,23 @@ class _ShardedPolicy:
         check_tokenizer(self.tokenizer, self.folder, self.source)
 
 
-def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAdapter | None) -> PreTrainedModel | None:
+def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAdapter | None) -> PreTrainedModel:
     """Return a policy on the CPU with the weights that it has now, for `save_policy`, while its training goes on.
 
-    A quantized model is returned itself: `save_policy` leaves it as it is. Of a sharded model every process calls this,
-    and process 0 gets the copy, which it holds whole; the others get None.
+    A quantized model is returned itself: `save_policy` leaves it as it is.
 
     Args:
-        model: as it is being trained; an adapter is active.
+        model: as it is being trained, not sharded; an adapter is active.
         source: what it was loaded from.
         adapter: the adapter that is trained; None if all weights are.
     """
     if quantized(model) != "none":
         return model
-    copies = not is_sharded(model) or is_main()
     if adapter is None:
-        copied = load_policy(source.on_cpu().in_full()) if copies else None
+        copied = load_policy(source.on_cpu().in_full())
         copy_weights(copied, model)
         return copied
-    state = {key: whole(weight) for key, weight in adapter_state(model, adapter.name).items()}
-    if not copies:
-        return None
+    state = adapter_state(model, adapter.name)
     copied = load_policy(source.on_cpu())
     with torch.random.fork_rng(devices=[]):  # a new adapter is initialized at random
         add_lora(copied, adapter.lora, name=adapter.name)

@@ -7,7 +7,7 @@ after it got the weights again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from rlhf_cli.generation.vllm_generator import PROBE, Obstacle, check_probabilit
 from rlhf_cli.generation.vllm_server import CLIENT, LostError, VLLMServer, client_version
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
+from rlhf_cli.models.sharding import is_sharded
 from rlhf_cli.progress import warn
 from rlhf_cli.settings.shared import GenerationSettings
 
@@ -225,7 +226,10 @@ class VLLMServerGenerator:
             except LostError as error:
                 raise self._gone(str(error)) from error
             raise self._gone("it restarted without the policy's weights, or another run gave it weights")
-        told = self._processes.all_gather_object(self._sent(policy, stop) if self._processes.is_main else None)[0]
+        is_main, gather = self._processes.is_main, self._processes.all_gather_object
+        told = gather(self._connected(policy, stop) if is_main else None)[0]
+        if "needed" in told:
+            told = gather(self._sent(policy) if is_main else self._gathered(policy))[0]
         if "gone" in told:
             raise ServerLostError(told["gone"], hint=told["hint"])
         if "lost" in told:
@@ -238,21 +242,46 @@ class VLLMServerGenerator:
         server.weights = told["weights"]
         return None
 
-    def _sent(self, policy: Policy, stop: Callable[[], object]) -> dict[str, str | None]:
-        """Send the weights from this process, which is the only one that does; return what came of it."""
+    def _connected(self, policy: Policy, stop: Callable[[], object]) -> dict[str, str | None]:
+        """Connect process 0, which alone sends weights; return whether the server needs them, or that it was lost."""
         server = self._server
         try:
             server.connect(stop)
             if policy.may_change or self._holds() is not policy or not server.is_ours():
-                self._holds = lambda: None
-                with policy.model() as model:
-                    server.take(merged_weights(model))
-                self._holds = weakref.ref(policy)
+                return {"needed": None}
         except LostError as error:
             return {"lost": str(error)}
         except ServerLostError as error:
             return {"gone": error.message, "hint": error.hint}
         return {"weights": server.weights}
+
+    def _sent(self, policy: Policy) -> dict[str, str | None]:
+        """Send the weights; return what came of it."""
+        self._holds = lambda: None
+        with policy.model() as model:
+            weights = merged_weights(model)
+            try:
+                self._server.take(weights)
+            except LostError as error:
+                return {"lost": str(error)}
+            finally:
+                if is_sharded(model):  # the other processes gather what was not sent, too
+                    _finish(weights)
+        self._holds = weakref.ref(policy)
+        return {"weights": self._server.weights}
+
+    def _gathered(self, policy: Policy) -> None:
+        """Take part in gathering the weights that process 0 sends."""
+        if not policy.may_change:  # a sharded model is one that trains
+            return
+        with policy.model() as model:
+            if is_sharded(model):
+                _finish(merged_weights(model))
+
+
+def _finish(weights: Iterator[object]) -> None:
+    for _ in weights:
+        pass
 
 
 def _completion(policy: Policy, drawn: Drawn) -> Completion:

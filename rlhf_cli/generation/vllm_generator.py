@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_cli.distributed.watchdog import beat
@@ -30,6 +31,7 @@ from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.models.sharding import class_of, computing
 from rlhf_cli.settings.shared import GenerationSettings
 
 _LOWEST_TEMPERATURE = 0.01
@@ -80,8 +82,8 @@ def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
     with policy.model() as model:
         if quantized(model) != "none":
             return Obstacle("the policy's weights are quantized, and quantized weights cannot be handed to vllm")
-        if not has_architecture(type(model).__name__):
-            return Obstacle(f"vllm {version} has no implementation of {type(model).__name__}")
+        if not has_architecture(name := class_of(model).__name__):
+            return Obstacle(f"vllm {version} has no implementation of {name}")
     return None
 
 
@@ -237,9 +239,14 @@ def check_probabilities(
     prompts, completions = [request.prompt_ids for request in requests], [ids for ids, _ in drawn]
     was_training = model.training
     model.eval()
-    with policy.autocast():
-        batch = SequenceBatch.for_model(model, prompts, completions)
-        ours = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
+    batch = SequenceBatch.for_model(model, prompts, completions)
+
+    def compute() -> Tensor:
+        with policy.autocast():
+            hidden = completion_hidden(model, batch)
+            return Projection.of(model).token_logprobs(hidden, batch, temperature=1.0).logprobs
+
+    ours = computing(model, compute)
     model.train(was_training)
     theirs = torch.tensor([value for _, logprobs in drawn for value in logprobs])
     difference = float((ours[batch.is_completion].cpu() - theirs).abs().mean())
@@ -247,7 +254,7 @@ def check_probabilities(
         raise ModelError(
             f"vllm and the policy `{policy.source.path}` itself disagree: log-probabilities differ by "
             f"{difference:.2g} nats on average",
-            hint=f"{TORCH}, and please report the architecture, {type(model).__name__}",
+            hint=f"{TORCH}, and please report the architecture, {class_of(model).__name__}",
         )
 
 

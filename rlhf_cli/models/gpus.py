@@ -123,9 +123,20 @@ class Cluster:
 
         Each node sends with the networks of all its GPUs at once, and receives what one GPU of the ring passes on.
         """
+        return self.ring(self.count)
+
+    def ring(self, count: int) -> float:
+        """Bytes per second of a collective in a ring through `count` GPUs, those of a node first."""
+        assert self.gpu is not None
+        link, of_node = self.gpu.link * _GB, self.count // self.nodes
+        return link if count <= of_node else min(link, self.network * of_node)
+
+    @property
+    def between(self) -> float:
+        """Bytes per second from one GPU to another, of another node if there are several."""
         assert self.gpu is not None
         link = self.gpu.link * _GB
-        return link if self.nodes == 1 else min(link, self.network * self.count / self.nodes)
+        return link if self.nodes == 1 else min(link, self.network)
 
     def __str__(self) -> str:
         nodes = "" if self.nodes == 1 else f" on {self.nodes} nodes, {self.network * 8 / _GB:g} Gbit/s per GPU between"

@@ -56,6 +56,8 @@ class ModelSource:
         quantize: quantization of frozen weights under an adapter; see `models.quantize`.
         is_merged: load the weights of a policy whose adapter is saved beside them as they are, even where products in
             bfloat16 would round the adapter away; see `models.policy_adapter`.
+        sharding_size: processes that divide a sharded model among themselves; None is all.
+        sharding_cpu_offload: weights of a sharded model are in host memory.
     """
 
     path: str
@@ -67,6 +69,8 @@ class ModelSource:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quantize: Quantize = "none"
     is_merged: bool = False
+    sharding_size: int | None = None
+    sharding_cpu_offload: bool = False
 
     @property
     def folder(self) -> Path:

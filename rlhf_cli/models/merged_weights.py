@@ -1,7 +1,7 @@
 """The weights of a model as its checkpoint would have them, active adapters merged, one layer at a time.
 
 For programs that hold a model of their own, such as vLLM: they know the names of the checkpoint, and no adapters. The
-model itself does not change, and no second copy of it exists.
+model itself does not change, and no second copy of it exists. Sharded weights are gathered a layer at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
+from rlhf_cli.models.sharding import whole
 
 
 @torch.no_grad()
@@ -25,7 +26,8 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each weight that a checkpoint of the model would hold.
 
     W + (alpha / rank) B A of an adapted layer is computed in float32 and not rounded; other weights are the model's own
-    tensors. Fused experts are split as in the checkpoint. Tied weights come once.
+    tensors. Fused experts are split as in the checkpoint. Tied weights come once. Of a sharded model every process
+    iterates to the end, and gets each weight whole.
 
     Args:
         model: with any adapters; those that are active are merged. Not quantized.
@@ -78,9 +80,9 @@ class _Updates:
         deltas = [layer.get_delta_weight(name) for layer in layers for name in _active(layer)]  # type: ignore[attr-defined]
         if separated is not None:
             deltas.append(low_rank_update(separated))
-        plain = weight.detach()
+        plain = whole(weight)
         for delta in deltas:
-            plain = plain.float() + delta.float()  # type: ignore[union-attr, operator]
+            plain = plain.float() + whole(delta).float()  # type: ignore[arg-type]
         return plain
 
 

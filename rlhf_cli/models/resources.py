@@ -9,8 +9,9 @@ Memory is in bytes, by phase and role. `--dry-run` and `rlhf plan` read the same
     save      on a CPU: weights in float32, and the copy that is written, or read back to be compared; sharded ones are
               written and compared where they are
 
-With `model.sharding: fsdp`, weights, gradients and moments are divided among the processes, and each gathers what it
-computes with; the pass over a micro-batch stays whole.
+With `model.sharding: fsdp`, weights, gradients and moments are divided among the processes, or with
+`model.sharding_size` among those of a group, and each gathers what it computes with; the pass over a micro-batch stays
+whole. With `model.sharding_cpu_offload` they are in host memory, which is not counted.
 
 Weights, gradients and moments are exact. Activations are those of a gated decoder layer as transformers computes it
 (Llama), with an attention that saves no scores, or on a CPU those of short sequences. tests/gpu/test_memory.py compares
@@ -39,6 +40,8 @@ _EIGHT_BITS = 1 + FLOAT32 / 256
 """Bytes of a number of a moment in 8 bits: a scale per 256 numbers."""
 _LOGITS_TILE = (2_048, 4_096)
 """Tokens and vocabulary entries of `generation.chunked_logprobs`."""
+_SENT = 2**29
+"""Bytes that are sent at once, see `generation.vllm_server`."""
 _GROWTH = 128
 """Tokens by which the cache of `attention.slot_cache` grows."""
 CPU_PROCESS = 570_000_000
@@ -210,6 +213,7 @@ class Extent:
         tokens: largest micro-batch, padding included, a shared prompt once; None is what the settings allow.
         prompt: longest prompt in tokens; None is what the settings allow.
         processes: of the run, on equal devices.
+        machine: processes on each machine; 0 is all of them.
         device: bytes of memory of a GPU, of which vLLM takes a share; 0 where it is not known.
     """
 
@@ -220,6 +224,7 @@ class Extent:
     tokens: int | None = None
     prompt: int | None = None
     processes: int = 1
+    machine: int = 0
     device: int = 0
 
 
@@ -272,7 +277,20 @@ def memory_need(extent: Extent, phases: Mapping[str, Mapping[str, float]], *mapp
 
 def shards(model: ModelSettings, extent: Extent) -> int:
     """Processes among which weights, gradients and moments are divided."""
-    return extent.processes if model.sharding == "fsdp" else 1
+    if model.sharding != "fsdp":
+        return 1
+    size = extent.machine if model.sharding_size == "machine" else model.sharding_size
+    return min(size or extent.processes, extent.processes)
+
+
+def own_part(model: ModelSettings, extent: Extent, size: float) -> float:
+    """Bytes on a device of weights, gradients or moments of `size` bytes."""
+    return 0.0 if model.sharding_cpu_offload else size / shards(model, extent)
+
+
+def sent(shape: ModelShape) -> float:
+    """Bytes that a process holds of the weights that it sends to a vLLM server, in float32."""
+    return float(min(_SENT, FLOAT32 * shape.weights))
 
 
 def vllm_least(shape: ModelShape, longest: int) -> int:
@@ -314,7 +332,7 @@ def loading(extent: Extent, weights: Mapping[str, float], parts: int = 1) -> dic
     return {**weights, **({"file": float(extent.shape.stored)} if extent.on_cpu else {})}
 
 
-def saving(extent: Extent, kept: float = 0, parts: int = 1) -> dict[str, float]:
+def saving(extent: Extent, kept: float = 0, parts: int = 1, *, offloads: bool = False) -> dict[str, float]:
     """Roles of the phase `save` of a whole model, which happens on the CPU: the model in float32 and its copy.
 
     Weights that are divided into several `parts` stay where they are: one copy in float32 takes the place of another.
@@ -323,10 +341,15 @@ def saving(extent: Extent, kept: float = 0, parts: int = 1) -> dict[str, float]:
         extent: of the stage.
         kept: bytes of other models that are still in memory.
         parts: processes among which the weights are divided.
+        offloads: divided weights are in host memory.
     """
     whole = FLOAT32 * extent.shape.weights
     if parts > 1:
-        return {"policy": whole / parts, "gathered": extent.shape.gathered(FLOAT32), "other models": kept}
+        return {
+            "policy": 0.0 if offloads else whole / parts,
+            "gathered": extent.shape.gathered(FLOAT32),
+            "other models": kept,
+        }
     return {"policy": whole, "copy to write": whole, "other models": kept} if extent.on_cpu else {}
 
 

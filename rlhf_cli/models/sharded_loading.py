@@ -69,7 +69,14 @@ class UnreadModel:
         """
         model, source = self.model.eval(), self.source
         is_lower = rounds and source.precision != torch.float32
-        shard(model, source.device, gathered_dtype=source.precision if is_lower else None, before=self._fill)
+        shard(
+            model,
+            source.device,
+            gathered_dtype=source.precision if is_lower else None,
+            size=source.sharding_size,
+            offloads=source.sharding_cpu_offload,
+            before=self._fill,
+        )
         pin_rotary_frequencies(model, source.path)
         if is_our_attention(source.attention):
             computing(model, lambda: set_attention(model, source.attention, source.path))

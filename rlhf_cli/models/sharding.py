@@ -4,6 +4,9 @@ Each process holds a part of every weight, along its first dimension. The weight
 for its pass and dropped after it, forward and backward; those outside the blocks (embeddings, last norm, head) for a
 whole pass. Gradients are summed, not averaged, and each process keeps the part of its weights.
 
+With `model.sharding_size` (hybrid sharding) groups of so many processes divide a model, and every group has a copy of
+it: weights are gathered within a group, and gradients are then summed over the groups too.
+
 Gathering is a message to all processes. So all of them must make the same passes in the same order, also one that has
 no work left (`equal_passes`).
 """
@@ -19,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -36,11 +41,22 @@ Part = TypeVar("Part")
 
 _COMPUTE = "compute_sharded"
 """Method of a sharded model that calls a function between the hooks that gather and drop its weights."""
+_IS_GATHERED = "is_gathered"
+"""Attribute of a sharded model: whether it is in the context of `gathered`."""
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` divided the weights of a model."""
+    """Whether `shard` divided the weights of a model, or of the one whose parts it uses (`share_shards`)."""
     return hasattr(model, _COMPUTE)
+
+
+def share_shards(model: nn.Module, owner: nn.Module) -> None:
+    """Let `computing` gather the weights of `owner`, if it is sharded, for a model that uses its parts.
+
+    Other weights of the model must be whole.
+    """
+    if is_sharded(owner):
+        setattr(model, _COMPUTE, getattr(owner, _COMPUTE))
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
@@ -53,6 +69,8 @@ def shard(
     device: torch.device,
     *,
     gathered_dtype: torch.dtype | None = None,
+    size: int | None = None,
+    offloads: bool = False,
     before: Callable[[nn.Module, str], object] = lambda module, prefix: None,
 ) -> None:
     """Divide the weights of a model among all processes, in place; every process calls this.
@@ -61,10 +79,14 @@ def shard(
         model: with adapters, if any; which weights are trained must not change afterwards.
         device: of this process.
         gathered_dtype: in which float32 weights are gathered; None is their own. Gradients are summed in float32.
+        size: processes that divide the model among themselves; None is all, else it divides their number.
+        offloads: parts of weights, their gradients and so their moments are in host memory, and weights are copied to
+            the device to be gathered.
         before: called with each block, and at last with the model, and the prefix of its weights' names, before they
             are divided.
     """
-    mesh = _mesh(device)
+    mesh = _mesh(device, size)
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offloads else OffloadPolicy()
     policy = MixedPrecisionPolicy(
         param_dtype=gathered_dtype,
         reduce_dtype=None if gathered_dtype is None else torch.float32,
@@ -73,11 +95,13 @@ def shard(
     for name, block in blocks_of(model):
         before(block, f"{name}.")
         block.register_forward_hook(lambda _module, _given, result: _without_views(result))
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     before(model, "")
     family = type(model).__module__
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     type(model).__module__ = family  # not torch's: there its attention and its router loss are looked for
+    if offloads:
+        _compute_on(model, device)
     for module in _parts(model):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
@@ -103,15 +127,30 @@ def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
-def _mesh(device: torch.device) -> DeviceMesh:
+def _compute_on(model: nn.Module, device: torch.device) -> None:
+    """Let models whose weights rest in host memory name the device on which they compute as their own.
+
+    transformers takes it from the first weight.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            own = {"device": device, "__module__": kind.__module__}  # where its attention is looked for
+            module.__class__ = type(kind.__name__, (kind,), own)
+
+
+def _mesh(device: torch.device, size: int | None) -> DeviceMesh:
+    """Return the processes in one dimension, or groups of `size` with consecutive ranks: (groups, size)."""
     join()
-    processes = ProcessGroup()
-    if device.type not in _meshes:
-        _meshes[device.type] = init_device_mesh(device.type, (processes.count,))
-    return _meshes[device.type]
+    count = ProcessGroup().count
+    size = size or count
+    if (device.type, size) not in _meshes:
+        shape, names = ((count,), ("shard",)) if size == count else ((count // size, size), ("replicate", "shard"))
+        _meshes[device.type, size] = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return _meshes[device.type, size]
 
 
-_meshes: dict[str, DeviceMesh] = {}
+_meshes: dict[tuple[str, int], DeviceMesh] = {}
 
 
 def _parts(model: nn.Module) -> list[FSDPModule]:
@@ -128,9 +167,10 @@ def computing(model: nn.Module, function: Callable[[], Result]) -> Result:
     """
     if not is_sharded(model):
         return function()
-    result = getattr(model, _COMPUTE)(function)
-    if not torch.is_grad_enabled():
-        cast(FSDPModule, model).reshard()  # no backward pass does it
+    compute = getattr(model, _COMPUTE)
+    result, owner = compute(function), compute.__self__
+    if not torch.is_grad_enabled() and not getattr(owner, _IS_GATHERED, False):
+        owner.reshard()  # no backward pass does it
     return result
 
 
@@ -147,10 +187,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+    setattr(model, _IS_GATHERED, True)
     try:
         with torch.no_grad():
             yield
     finally:
+        setattr(model, _IS_GATHERED, False)
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
@@ -175,6 +217,14 @@ def equal_passes(
         yield filler, 0.0
 
 
+def sharding_of(model: nn.Module) -> dict[str, Any]:
+    """Return how a sharded model is divided, as the fields of a `ModelSource`."""
+    weight = next(weight for weight in model.parameters() if isinstance(weight, DTensor))
+    mesh = weight.device_mesh
+    is_offloaded = weight.device.type != mesh.device_type
+    return {"sharding_size": mesh.size(mesh.ndim - 1), "sharding_cpu_offload": is_offloaded}
+
+
 def is_divided(tensor: Tensor) -> bool:
     """Whether each process holds a part of a tensor."""
     return isinstance(tensor, DTensor)
@@ -190,7 +240,20 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     with waiting():
-        return cast(DTensor, tensor.detach()).full_tensor()
+        # A part in host memory is gathered on the device, over NCCL.
+        return cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type)).full_tensor()
+
+
+def sum_over_shards(number: Tensor, like: DTensor) -> Tensor:
+    """Return the sum of what each process computed from its part of a tensor; every process calls this.
+
+    Where groups of processes have copies, these count once.
+    """
+    mesh = like.device_mesh
+    with waiting():
+        torch.distributed.all_reduce(number, group=mesh.get_group(mesh.ndim - 1))
+        number.item()  # with NCCL the line above returns at once
+    return number
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.memory import free_memory
-from rlhf_cli.models.sharding import assign, whole
+from rlhf_cli.models.sharding import assign
 
 LOW = "low_bits"
 """Suffix of the name of a weight's lower half in a checkpoint, and the attribute of the parameter that holds it."""
@@ -76,16 +76,12 @@ def join_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_weights(target: nn.Module | None, source: nn.Module) -> None:
-    """Copy the weights of a model that may be split into a float32 model of the same architecture.
-
-    Of a sharded model every process calls this, those without a target too.
-    """
-    weights = {} if target is None else dict(target.named_parameters())
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Copy the weights of a model that may be split into a float32 model of the same architecture."""
+    weights = dict(target.named_parameters())
     for name, weight in source.named_parameters():
-        low, value = low_bits(weight), whole(weight)
-        if target is not None:
-            weights[name].copy_(value if low is None else join(value, low))
+        low = low_bits(weight)
+        weights[name].copy_(weight if low is None else join(weight, low))
 
 
 def stored(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

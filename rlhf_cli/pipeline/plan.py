@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.signals import SignalStop
+from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
 from rlhf_cli.models.resources import CPU_PROCESS, FLOAT32, Extent, MemoryNeed
@@ -36,7 +37,7 @@ from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
-from rlhf_cli.stages.sharding import check_sharding
+from rlhf_cli.stages.sharding import check_groups, check_sharding
 from rlhf_cli.stages.workload import Reading, Workload
 
 if TYPE_CHECKING:
@@ -143,6 +144,12 @@ def plan_run(
     names = {step.stage.name for step in to_run}
     if target is not None:  # `here` has whole models
         check_sharding(recipe, names)
+        if target.server_gpus and recipe.generation.vllm_server is None:
+            raise UsageError(
+                "`--server-gpus` needs `generation.vllm_server`",
+                hint="add `--set generation.vllm_server=http://HOST:8000`; no server needs to run there",
+            )
+        check_groups(recipe.model, target.cluster.count, target.cluster.count // target.cluster.nodes)
     preflight(here, inputs_of(to_run), names)
     from rlhf_cli.models.loading import resolve_device
 

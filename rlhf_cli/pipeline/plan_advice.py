@@ -78,6 +78,10 @@ def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -
     if extent.processes > 1 and shards(model, extent) == 1 and model.quantize == "none":
         sharded = _of_model("model.sharding", {"sharding": "fsdp"}, "fsdp", settings, recipe, extent)
         yield replace(sharded, keeps_result=True)
+    if shards(model, extent) > 1 and not extent.on_cpu and not model.sharding_cpu_offload:
+        name = "sharding_cpu_offload"
+        offloaded = _of_model(f"model.{name}", {name: True}, "true", settings, recipe, extent)
+        yield replace(offloaded, keeps_result=True)
     if model.precision == "float32" and model.dtype != "float32":
         yield _of_model("model.precision", {"precision": "bfloat16"}, "bfloat16", settings, recipe, extent)
     if not extent.on_cpu and model.quantize == "none" and is_lora:
@@ -117,7 +121,7 @@ def _other_state(section: str, settings: Any, recipe: RunSettings, extent: Exten
 
 
 def _of_model(
-    name: str, update: dict[str, str], shown: str, settings: Any, recipe: RunSettings, extent: Extent
+    name: str, update: dict[str, Any], shown: str, settings: Any, recipe: RunSettings, extent: Extent
 ) -> _Changed:
     changed = recipe.model_copy(update={"model": recipe.model.model_copy(update=update)})
     return _Changed(f"{name}={shown}", settings, changed, extent, keeps_result=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_cli.models.gpus import Cluster
-from rlhf_cli.models.resources import Extent, ModelShape, vllm_least
-from rlhf_cli.pipeline.prediction import Predictor, Took
+from rlhf_cli.models.resources import BFLOAT16, Extent, ModelShape, vllm_least
+from rlhf_cli.pipeline.prediction import SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import OUR_ATTENTION
@@ -23,24 +23,28 @@ class Target:
     Attributes:
         cluster: the GPUs.
         shape: sizes of all models; None takes those of the recipe.
+        server_gpus: further GPUs of the same product, of `generation.vllm_server`; 0 if they are not known.
     """
 
     cluster: Cluster
     shape: ModelShape | None = None
+    server_gpus: int = 0
 
     def here(self, recipe: Recipe) -> Recipe:
         """Return the recipe with which this machine can read data and models."""
         changes: dict[str, Any] = {"device": "cpu", "sharding": "none"}
+        changes |= {"sharding_size": None, "sharding_cpu_offload": False}
         if recipe.model.precision == "auto":
             changes["precision"] = "bfloat16"
         if recipe.model.attention in OUR_ATTENTION:
             changes["attention"] = "auto"
-        generation = recipe.generation.model_copy(update={"engine": "torch"})
+        generation = recipe.generation.model_copy(update={"engine": "torch", "vllm_server": None})
         return _changed(recipe, changes).model_copy(update={"generation": generation})
 
     def there(self, here: Recipe, asked: Recipe) -> Recipe:
         """Return the recipe that the formulas count with: `here`, with what is only used on the other machines."""
-        changed = _changed(here, {"sharding": asked.model.sharding})
+        names = ("sharding", "sharding_size", "sharding_cpu_offload")
+        changed = _changed(here, {name: getattr(asked.model, name) for name in names})
         return changed.model_copy(update={"generation": asked.generation})
 
     def extent(self, extent: Extent, workload: Workload) -> Extent:
@@ -50,15 +54,23 @@ class Target:
         if tokens is not None and training:
             own = min(math.ceil(work.each / self.cluster.count) / work.rows for work in training)
             tokens = math.ceil(tokens * min(1.0, own))
+        count, nodes = self.cluster.count, self.cluster.nodes
         return replace(
-            extent, on_cpu=False, tokens=tokens, processes=self.cluster.count, device=int(self.cluster.memory)
-        )
+            extent, on_cpu=False, tokens=tokens, processes=count, machine=count // nodes,
+            device=int(self.cluster.memory),
+        )  # fmt: skip
 
     def notes(self, recipe: RunSettings, extent: Extent, workload: Workload) -> tuple[str, ...]:
-        """Return what vLLM needs where its share of a GPU is too small for it to start."""
+        """Return what is not counted, what a vLLM server holds, and the share of a GPU without which vLLM does not
+        start."""
+        offload = "times do not count what `model.sharding_cpu_offload` copies, nor the optimizer on the CPU"
+        found = (offload,) if recipe.model.sharding_cpu_offload else ()
+        return (*found, *self._of_vllm(recipe, extent, workload))
+
+    def _of_vllm(self, recipe: RunSettings, extent: Extent, workload: Workload) -> tuple[str, ...]:
         longest = [work.longest for work in workload.work if work.kind == "draw"]
         if recipe.generation.vllm_server is not None:
-            return ("times are not predicted with `generation.vllm_server`: its GPUs are not known",)
+            return (self._of_server(extent, workload),) if longest else ()
         if recipe.generation.engine != "vllm" or not longest:
             return ()
         least = vllm_least(extent.shape, (extent.prompt or 0) + max(longest)) / self.cluster.memory
@@ -68,11 +80,38 @@ class Target:
             return ("vLLM holds a whole model on each GPU, and this one is too large for that",)
         return (f"vLLM does not start with a share below `generation.gpu_memory_utilization={least + 0.005:.2f}`",)
 
+    def _of_server(self, extent: Extent, workload: Workload) -> str:
+        """Return what is on a GPU of the server."""
+        if not self.server_gpus:
+            return "times are not predicted with `generation.vllm_server`: give its GPUs with `--server-gpus`"
+        server, memory = self.server(extent, workload), self.cluster.memory
+        if server is None:
+            return f"the model is too large for a vLLM server on {self.server_gpus} x {self.cluster.name}"
+        weights = BFLOAT16 * extent.shape.weights / server.engine_gpus
+        return (
+            f"vLLM server: {server.engines} x {server.engine_gpus} GPUs (`--data-parallel-size`, "
+            f"`--tensor-parallel-size`); each holds {weights / 1e9:,.1f} GB of weights and up to "
+            f"{(SERVER_SHARE * memory - weights) / 1e9:,.1f} GB of keys and values"
+        )
+
+    def server(self, extent: Extent, workload: Workload) -> Server | None:
+        """Return the vLLM server; None without one, or where the model is too large for it."""
+        longest = [work.longest for work in workload.work if work.kind == "draw"]
+        if not self.server_gpus or not longest:
+            return None
+        cluster = replace(self.cluster, count=self.server_gpus, nodes=1)
+        return Server.on(cluster, extent.shape, (extent.prompt or 0) + max(longest))
+
     def predict(
         self, settings: Any, recipe: RunSettings, extent: Extent, workload: Workload
     ) -> Mapping[str, Took] | None:
-        """Return what the phases of a stage will take; None for GPUs of unknown speed, such as those of a server."""
-        if self.cluster.gpu is None or recipe.generation.vllm_server is not None:
+        """Return what the phases of a stage will take; None for GPUs of unknown speed, or a server without GPUs."""
+        server = None
+        if recipe.generation.vllm_server is not None and any(work.kind == "draw" for work in workload.work):
+            server = self.server(extent, workload)
+            if server is None:
+                return None
+        if self.cluster.gpu is None:
             return None
         return Predictor(
             self.cluster,
@@ -80,6 +119,7 @@ class Target:
             extent,
             recompute=getattr(settings, "gradient_checkpointing", False),
             is_full=getattr(settings, "adapter", "none") == "none",
+            server=server,
         ).phases(workload)
 
 

@@ -132,6 +132,13 @@ class ModelSettings(Section):
     """`fsdp`: in `sft`, `train_rm` and `ppo`, the processes divide weights, gradients and moments among themselves
     (torch's `fully_shard`), so that a model that does not fit on one GPU can be trained. Needs several processes; see
     docs/processes.md for what it does not support. `none`: every process holds whole models."""
+    sharding_size: Annotated[Annotated[int, Field(ge=2)] | Literal["machine"] | None, EffortOnly()] = None
+    """Processes that divide a model among themselves with `sharding: fsdp`; null is all of them. `machine`, or a number
+    that divides that of all processes, is hybrid sharding (HSDP): every group has a copy of the models, so that weights
+    are gathered within a machine, and between machines only gradients are summed."""
+    sharding_cpu_offload: Annotated[bool, EffortOnly()] = False
+    """With `sharding: fsdp` on GPUs: the parts of weights and gradients, and moments, are in host memory (torch's
+    `CPUOffloadPolicy`), and the optimizer steps on the CPU. Less GPU memory, and slower."""
     threads: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """Number of CPU threads; null is the default of torch (all cores). For models of a few million parameters one
     thread is about as fast, and less sensitive to other load on the machine."""
@@ -157,6 +164,11 @@ class ModelSettings(Section):
             raise ValueError("`path` and `build` are mutually exclusive: load a model or create one")
         if self.sharding == "fsdp" and self.quantize != "none":
             raise ValueError(f"`sharding: fsdp` does not support `quantize: {self.quantize}`")
+        if self.sharding == "none":
+            for name in self.changed("sharding_size", "sharding_cpu_offload"):
+                raise ValueError(f"`{name}` has no effect without `sharding: fsdp`")
+        if self.sharding_cpu_offload and self.device == "cpu":
+            raise ValueError("`sharding_cpu_offload` has no effect with `device: cpu`: weights are in host memory")
         if self.sharding == "fsdp" and self.trust_remote_code:
             raise ValueError("`sharding: fsdp` does not support models with Python code of their own")
         if self.trust_remote_code and self.revision is None:

@@ -17,6 +17,7 @@ from rlhf_cli.progress import warn
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.sharding import sharding_size
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.policy import Policy, Weights
@@ -54,6 +55,8 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
         attention=settings.attention,
         device=device,
         quantize=settings.quantize if quantized else "none",
+        sharding_size=sharding_size(settings),
+        sharding_cpu_offload=settings.sharding_cpu_offload,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from rlhf_cli.distributed.ranks import world_size
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.ranks import local_world_size, world_size
 from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import ModelSettings
 
 _TRAINING = ("sft", "train-rm", "ppo")
 _WHOLE = "`--set model.sharding=none` lets every process hold whole models"
@@ -30,13 +32,10 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
 def _unsupported_by_ppo(recipe: RunSettings) -> list[str]:
     """Return settings of PPO that sharded models do not support."""
     critic, start = recipe.value("ppo.critic"), recipe.value("ppo.critic_from")
-    found = [f"ppo.{name}: {recipe.value(f'ppo.{name}')}" for name in ("save_steps", "offload_frozen")
-             if recipe.value(f"ppo.{name}")]  # fmt: skip
-    if recipe.generation.engine == "vllm":
-        found.append("generation.engine: vllm")
-    if critic == "head":
-        found.append("ppo.critic: head")
-    is_separate = critic == "separate" or recipe.value("ppo.adapter") == "none"
+    found = [f"ppo.offload_frozen: {recipe.value('ppo.offload_frozen')}"] if recipe.value("ppo.offload_frozen") else []
+    if recipe.generation.engine == "vllm" and recipe.generation.vllm_server is None:
+        found.append("generation.engine: vllm` without `generation.vllm_server")
+    is_separate = critic != "head" and (critic == "separate" or recipe.value("ppo.adapter") == "none")
     if is_separate and start != "policy":
         found.append(
             f"ppo.critic_from: {start}` with a critic that is a model of its own; set `ppo.critic_from: policy"
@@ -44,10 +43,68 @@ def _unsupported_by_ppo(recipe: RunSettings) -> list[str]:
     return found
 
 
+def sharding_size(model: ModelSettings) -> int | None:
+    """Return how many processes divide a model among themselves; None is all of them."""
+    return local_world_size() if model.sharding_size == "machine" else model.sharding_size
+
+
 def require_processes(recipe: RunSettings) -> None:
-    """Raise `UsageError` if models should be sharded, and there is one process."""
-    if recipe.model.sharding != "none" and world_size() == 1:
+    """Raise `UsageError` if models should be sharded, and the processes or their devices do not allow it.
+
+    With `model.sharding_size: machine` every process calls this.
+    """
+    model, count = recipe.model, world_size()
+    if model.sharding == "none":
+        return
+    if count == 1:
         raise UsageError(
-            f"`model.sharding: {recipe.model.sharding}` divides a model among several processes, but there is only one",
+            f"`model.sharding: {model.sharding}` divides a model among several processes, but there is only one",
             hint="start several with `--processes N`, or leave the model whole with `--set model.sharding=none`",
+        )
+    _check_size(model, count)
+    if model.sharding_cpu_offload:
+        from rlhf_cli.models.loading import resolve_device
+
+        if (device := resolve_device(model.device).type) == "cpu":
+            raise UsageError(
+                f"`model.sharding_cpu_offload` has no effect on the device `{device}`: its weights are in host memory",
+                hint="run on GPUs, or use `--set model.sharding_cpu_offload=false`",
+            )
+
+
+def _check_size(model: ModelSettings, count: int) -> None:
+    """Refuse groups that `count` processes do not make up."""
+    if model.sharding_size == "machine":
+        sizes = ProcessGroup().all_gather_object(local_world_size())
+        if None in sizes or len(set(sizes)) > 1:
+            told = ", ".join(sorted({"unknown" if size is None else str(size) for size in sizes}))
+            raise UsageError(
+                "`model.sharding_size: machine` needs a launcher that sets LOCAL_WORLD_SIZE, to the same number on "
+                f"every machine; it is {told}",
+                hint="start with torchrun or `--processes N`, or give `model.sharding_size` as a number",
+            )
+    check_groups(model, count, local_world_size())
+
+
+def check_groups(model: ModelSettings, count: int, of_machine: int | None) -> None:
+    """Raise `UsageError` if `count` processes cannot be divided into the groups of `model.sharding_size`.
+
+    Args:
+        model: section `model`.
+        count: processes of the run.
+        of_machine: processes on each machine.
+    """
+    size = of_machine if model.sharding_size == "machine" else model.sharding_size
+    if model.sharding == "none" or size is None:
+        return
+    if size == 1:
+        raise UsageError(
+            "`model.sharding_size: machine` divides a model among the processes of a machine, and each has one",
+            hint="start several on each machine, or give `model.sharding_size` as a number, or leave it out",
+        )
+    if count % size:
+        raise UsageError(
+            f"`model.sharding_size: {model.sharding_size}` makes groups of {size} processes, and {count} processes "
+            "cannot be divided into such groups",
+            hint=f"give a number that divides {count}, or leave it out",
         )

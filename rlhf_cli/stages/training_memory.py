@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_cli.models.resources import FLOAT32, Extent, frozen_bytes, moments, number_bytes, shards
+from rlhf_cli.models.resources import FLOAT32, Extent, frozen_bytes, moments, number_bytes, own_part, shards
 from rlhf_cli.settings.shared import ModelSettings, TrainingSettings
 
 
@@ -40,8 +40,8 @@ def training_memory(
     rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
     whole = settings.batch_size * longest
     tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
-    trained, parts = shape.weights if rank is None else shape.adapter(rank), shards(model, extent)
-    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize) / parts
+    trained = shape.weights if rank is None else shape.adapter(rank)
+    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
     size = number_bytes(model.precision)
     activations = shape.activations(
         tokens,
@@ -50,10 +50,12 @@ def training_memory(
         rank=rank,
         on_cpu=extent.on_cpu,
     )
+    state = moments(trained, settings.optimizer, shape.embeddings if is_full else 0)
+    own = own_part(model, extent, FLOAT32 * trained)
     update = {
-        "gradients": FLOAT32 * trained / parts,
-        "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0) / parts,
+        "gradients": own,
+        "optimizer": own_part(model, extent, state),
         "activations": float(activations),
-        "gathered": shape.gathered(size, trains=is_full) if parts > 1 else 0.0,
+        "gathered": shape.gathered(size, trains=is_full) if shards(model, extent) > 1 else 0.0,
     }
-    return TrainingMemory({role: frozen, "trained weights": FLOAT32 * trained / parts}, update, tokens)
+    return TrainingMemory({role: own_part(model, extent, frozen), "trained weights": own}, update, tokens)

@@ -11,9 +11,8 @@ from torch.nn.utils import get_total_norm
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
-from rlhf_cli.distributed.watchdog import waiting
 from rlhf_cli.errors import Interrupted
-from rlhf_cli.models.sharding import local
+from rlhf_cli.models.sharding import local, sum_over_shards
 
 
 class DistributedStop:
@@ -93,10 +92,7 @@ def clip_gradients(weights: Iterable[Tensor], max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(weights, max_norm)
     own = [local(gradient) for gradient in sharded]
     others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    squares = get_total_norm(own).square()
-    with waiting():
-        torch.distributed.all_reduce(squares, group=sharded[0].device_mesh.get_group())
-        squares.item()  # with NCCL the line above returns at once
+    squares = sum_over_shards(get_total_norm(own).square(), sharded[0])
     norm = (squares + get_total_norm(others).to(squares.device).square()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in [*own, *others]:

@@ -36,8 +36,10 @@ def small(tiny_llama: Path, tmp_path: Path) -> Path:
     return recipe
 
 
-def planned(recipe: Path, *arguments: str, size: str | None = None, count: int = 1, gpu: str = "h100") -> RunPlan:
-    target = Target(Cluster.of(gpu, count), None if size is None else SIZES[size])
+def planned(
+    recipe: Path, *arguments: str, size: str | None = None, count: int = 1, gpu: str = "h100", servers: int = 0
+) -> RunPlan:
+    target = Target(Cluster.of(gpu, count), None if size is None else SIZES[size], servers)
     return plan_run(load_recipe(recipe, list(arguments)), recipe.parent / "run", Selection(), target=target)
 
 
@@ -101,6 +103,25 @@ def test_sharded_models_are_planned_where_there_is_one_process(small: Path):
     assert sharded.phases["rollout"]["gathered"] == 2 * SIZES["8b"].weights
 
 
+def test_a_vllm_server_with_gpus_of_its_own_is_planned(small: Path, capsys):
+    served = ("generation={vllm_server: http://localhost:8000}", "model.sharding=fsdp")
+    found = planned(small, *served, size="70b", count=8, servers=8)
+    (ppo,) = [stage for stage in found.stages if stage.name == "ppo"]
+    assert ppo.memory is not None
+    assert ppo.memory.phases["rollout"]["sent"] == 2**29
+    assert ppo.predicted is not None
+    assert ppo.predicted["rollout"].network > 4 * SIZES["70b"].backbone / 50e9, "weights are sent in each step"
+    show_plan(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "vLLM server: 4 x 2 GPUs" in said
+    assert "70.6 GB of weights" in said
+    unknown = planned(small, *served, size="70b", count=8)
+    assert [stage.predicted for stage in unknown.stages if stage.name == "ppo"] == [None]
+    small_server = planned(small, *served, size="70b", count=8, servers=1)
+    show_plan(small_server)
+    assert "too large for a vLLM server on 1 x H100" in " ".join(capsys.readouterr().out.split())
+
+
 def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsys):
     found = planned(small, "ppo.adapter=none", size="8b", gpu="24")
     assert found.seconds is None
@@ -117,6 +138,9 @@ def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsy
     [(("--gpus", "8"), "`--gpus` needs `--gpu`"), (("--size", "8b"), "`--size` needs `--gpu`"),
      (("--gpu", "h1000"), "unknown GPU `h1000`"), (("--gpu", "h100", "--size", "9b"), "unknown size `9b`"),
      (("--gpu", "h100", "--gpus", "9", "--nodes", "2"), "9 GPUs cannot be divided among 2 nodes"),
+     (("--gpu", "h100", "--server-gpus", "8"), "`--server-gpus` needs `generation.vllm_server`"),
+     (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp", "--set", "generation={}", "--set",
+       "model.sharding_size=3"), "makes groups of 3 processes, and 8 processes"),
      (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp"), "does not support `generation.engine: vllm`")],
 )  # fmt: skip
 def test_what_is_wrong_with_the_machines_is_said(arguments, message, small: Path, rlhf_here):

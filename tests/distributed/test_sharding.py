@@ -147,9 +147,7 @@ def recipe(**more: dict) -> Recipe:
     [
         ({"sft": {"optimizer": "adamw-8bit"}}, "sft", "does not support `sft.optimizer: adamw-8bit`"),
         ({"train_rm": {"data": "x.jsonl", "optimizer": "adamw-8bit"}}, "train-rm", "`train_rm.optimizer: adamw-8bit`"),
-        ({"ppo": {"critic": "head"}}, "ppo", "does not support `ppo.critic: head`"),
         ({"ppo": {"adapter": "none"}}, "ppo", "set `ppo.critic_from: policy`"),
-        ({"ppo": {"save_steps": 3}}, "ppo", "does not support `ppo.save_steps: 3`"),
         ({"ppo": {"offload_frozen": True}}, "ppo", "does not support `ppo.offload_frozen: True`"),
         ({"ppo": {}, "generation": {"engine": "vllm"}}, "ppo", "does not support `generation.engine: vllm`"),
     ],

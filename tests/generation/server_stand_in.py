@@ -260,6 +260,21 @@ def _forget_client() -> None:
 @pytest.fixture
 def server_of(vllm, monkeypatch):
     """Makes a stand-in server for a model; TRL's client finds what it needs of vLLM."""
+    install_client(monkeypatch)
+    made: list[StandIn] = []
+
+    def make(model: Path) -> StandIn:
+        made.append(StandIn(model))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill()
+    _forget_client()
+
+
+def install_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let TRL's client find what it needs of vLLM, which is installed."""
     package = sys.modules["vllm"]
     package.__spec__, package.__version__, package.RequestOutput = ModuleSpec("vllm", None), VERSION, object
     for name, values in {
@@ -278,13 +293,3 @@ def server_of(vllm, monkeypatch):
     for module in (vllm_server, server_draw):
         monkeypatch.setattr(module, "POLL", 0.02)
     monkeypatch.setitem(GROUPS, 0, Group())  # the registry is empty again afterwards
-    made: list[StandIn] = []
-
-    def make(model: Path) -> StandIn:
-        made.append(StandIn(model))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.kill()
-    _forget_client()

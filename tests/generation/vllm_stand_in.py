@@ -166,6 +166,11 @@ class LLM:
 @pytest.fixture
 def vllm(monkeypatch):
     """Installs the stand-in; yields its class `LLM`."""
+    return install(monkeypatch)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
+    """Install the stand-in."""
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams, module.ModelRegistry = LLM, SamplingParams, ModelRegistry
     monkeypatch.setitem(sys.modules, "vllm", module)

@@ -10,7 +10,7 @@ import pytest
 from rlhf_cli.models.gpus import GPU, Cluster
 from rlhf_cli.models.resources import Extent, ModelShape, vllm_share
 from rlhf_cli.pipeline.plan_target import Target
-from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, Predictor, Took
+from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.ppo.memory import ppo_memory
@@ -30,10 +30,12 @@ def cluster(count: int = 1, nodes: int = 1, network: float = 1e3) -> Cluster:
     return Cluster("made up", 80e9, gpu, count, nodes, network)
 
 
-def recipe(sharding: str = "none", engine: str = "torch", share: float = 0.5, **ppo: Any) -> RunSettings:
+def recipe(
+    sharding: str = "none", engine: str = "torch", share: float = 0.5, sharding_size: int | None = None, **ppo: Any
+) -> RunSettings:
     return Recipe.model_validate(
         {
-            "model": {"path": "m", "precision": "bfloat16", "sharding": sharding},
+            "model": {"path": "m", "precision": "bfloat16", "sharding": sharding, "sharding_size": sharding_size},
             "data": {"prompts": "p.jsonl"},
             "generation": {"engine": engine, **({"gpu_memory_utilization": share} if engine == "vllm" else {})},
             "ppo": {"rewards": [{"function": "f.py:score"}], "steps": 1, **ppo},
@@ -115,6 +117,73 @@ def test_a_sharded_policy_is_gathered_once_to_draw():
     assert predictor(2).took(drawn).network == 0.0
 
 
+def test_groups_gather_within_a_machine_and_sum_gradients_between():
+    hybrid = recipe("fsdp", sharding_size=2)
+    found = predictor(4, recipe=hybrid, cluster=cluster(4, nodes=2)).took(TRAIN)
+    passes = 2 * 1  # two steps of 4 sequences on each process, four at a time
+    gathered = ring(passes * (2 * 2 * 1_900 + 4 * 1_900), 2)
+    summed = passes * 2 * (4 * 1_900 / 2) / 2 / (1e3 * NETWORK)
+    assert found.network == pytest.approx(gathered + summed)
+    assert found.memory == pytest.approx(2 * 28 * 1_900 / 2 / (BANDWIDTH * MEMORY)), "two processes have a copy"
+    assert predictor(4, recipe=hybrid, cluster=cluster(4, nodes=2)).took(FORWARD).network == pytest.approx(
+        ring(passes * 2 * 1_900, 2)
+    )
+
+
+def server(count: int, engine_gpus: int) -> Server:
+    return Server(cluster(count), engine_gpus)
+
+
+def test_a_server_draws_on_its_own_gpus():
+    drawn = drawing(SHAPE, "rollout", [10] * 8, per_prompt=1, mean=5.0, longest=5, rows=2)
+    alone = predictor(engine="vllm").took(drawn)
+    took = predictor(2, server=server(1, 1)).took(drawn)
+    assert (took.compute, took.memory) == (alone.compute, alone.memory), "on one GPU, whatever the two others do"
+    divided = predictor(2, server=server(4, 2)).took(drawn)  # two engines with four sequences each
+    assert divided.compute == pytest.approx(alone.compute / 4)
+    assert divided.memory == pytest.approx((5 * 2 * 1_900 + drawn.keys / 2 * KV) / (BANDWIDTH * MEMORY * 2))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "is_full", "gathered", "sent"),
+    [
+        ("none", True, 0, 2 * 1_100 + 4 * 800),
+        ("fsdp", True, 4 * 1_900, 4 * 1_900),
+        ("fsdp", False, 2 * 1_900, 4 * 1_100 + 2 * 800),
+    ],
+)
+def test_weights_are_gathered_and_sent_before_each_call(sharding: str, is_full: bool, gathered: int, sent: int):
+    found = predictor(2, sharding, is_full=is_full, server=server(4, 1))
+    seconds = ring(gathered, 2) + sent / (1e3 * NETWORK)
+    assert found.transfer(SHAPE) == pytest.approx(seconds)
+    drawn = drawing(SHAPE, "rollout", [10] * 8, per_prompt=1, mean=5.0, longest=5, rows=2, calls=3)
+    assert found.took(drawn).network == pytest.approx(3 * seconds)
+
+
+def test_an_engine_of_a_server_has_as_few_gpus_as_hold_the_model():
+    least = 2 * 1_900 + KV * 15
+    for memory, expected in ((least / SERVER_SHARE + 1, 1), (least / 2, 3), (least / 12, None)):
+        found = Server.on(replace(cluster(9), memory=memory), SHAPE, 15)
+        assert (None if found is None else found.engine_gpus) == expected
+    assert server(9, 3).engines == 3
+
+
+def test_what_a_server_draws_during_the_update_takes_no_time():
+    drawn = drawing(SHAPE, "rollout", [10] * 8, per_prompt=1, mean=5.0, longest=5, rows=2)
+    overlapping = Recipe.model_validate(
+        {"model": {"path": "m", "precision": "bfloat16"}, "generation": {"vllm_server": "http://localhost:1"},
+         "ppo": {"rewards": [{"function": "f.py:score"}], "steps": 1, "overlap_rollouts": True}}
+    )  # fmt: skip
+    one_by_one = predictor(server=server(1, 1))
+    together = replace(one_by_one, recipe=overlapping)
+    for work in (TRAIN, replace(TRAIN, flops=3.0, trained=0)):
+        both = Workload(1, "prompts", (drawn, work))
+        before, after = one_by_one.phases(both), together.phases(both)
+        left = before["rollout"].total - before["update"].total
+        assert after["rollout"].total == pytest.approx(max(before["rollout"].network, left))
+        assert after["update"] == before["update"]
+
+
 def test_vllm_draws_as_many_rows_as_its_share_holds():
     drawn = drawing(SHAPE, "rollout", [10] * 8, per_prompt=1, mean=5.0, longest=5, rows=2)
     context = 12.5 * KV
@@ -176,6 +245,33 @@ def test_gathered_adapters_have_frozen_weights_in_bfloat16():
     found = memory(2, sharding="fsdp", adapter="lora")
     assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2
     assert found["rollout"]["reference"] == 1_900 * 2 / 2
+
+
+def test_groups_hold_more_than_all_processes_and_host_memory_is_not_counted():
+    found = recipe("fsdp", sharding_size=2, adapter="none")
+    extent = Extent(SHAPE, processes=4, tokens=10, prompt=10)
+
+    def update(**changes: object) -> dict[str, int]:
+        changed = found.model_copy(update={"model": found.model.model_copy(update=changes)})  # type: ignore[attr-defined]
+        return dict(ppo_memory(changed.section("ppo"), changed, extent).phases["update"])
+
+    half = update()
+    assert half["policy"] == half["gradients"] // 2 == 1_900 * 4 / 2
+    offloaded = update(sharding_cpu_offload=True)
+    assert half.keys() - offloaded.keys() == {"policy", "critic", "reference", "gradients", "optimizer"}
+    assert offloaded["gathered"] == half["gathered"]
+
+
+def test_a_process_holds_what_it_sends_to_a_server_and_not_the_whole_policy():
+    found = memory(2, sharding="fsdp", adapter="none")["rollout"]
+    settings = recipe("fsdp", adapter="none")
+    served = settings.model_copy(  # type: ignore[attr-defined]
+        update={"generation": settings.generation.model_copy(update={"vllm_server": "http://localhost:1"})}
+    )
+    extent = Extent(SHAPE, processes=2, tokens=10, prompt=10)
+    drawing = ppo_memory(served.section("ppo"), served, extent).phases["rollout"]
+    assert found.keys() - drawing.keys() == {"gathered", "cache", "logits"}
+    assert drawing["sent"] == 4 * 1_900
 
 
 def test_vllm_takes_its_share_or_what_it_needs():

@@ -32,7 +32,7 @@ from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing
 from rlhf_cli.models.sharded_loading import open_model
 from rlhf_cli.models.sharded_saving import ShardedWeights
-from rlhf_cli.models.sharding import is_sharded, local, whole
+from rlhf_cli.models.sharding import is_sharded, local, sharding_of, whole
 from rlhf_cli.models.split_weights import join_weights, restore, stored
 from rlhf_cli.models.stored_weights import read_header
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
@@ -199,7 +199,8 @@ class FullCritic:
             _check_head(folder, self.value_head)
 
         by_main(write_head, processes)
-        source = ModelSource(str(folder), attention="eager", device=self._model.device)
+        divided = sharding_of(self._model)
+        source = ModelSource(str(folder), attention="eager", device=self._model.device, **divided)
         written = dict(open_model(AutoModel, source, load_config(source)).read().named_parameters())
         own, stored = ({name: local(weight) for name, weight in one.items()} for one in (self.state(), written))
         agreed(lambda: check_tensors(own, {name: part.cpu() for name, part in stored.items()}, folder), processes)
@@ -235,11 +236,16 @@ class HeadCritic:
 
     def save(self, folder: Path) -> None:
         """Write the head and `critic.json`."""
-        require_finite(dict(self.value_head.state_dict()), what="the critic")
-        with writing("the critic", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _save_head(folder, self.value_head, CriticConfig("head", None, None))
-        _check_head(folder, self.value_head)
+
+        def write() -> None:
+            require_finite(dict(self.value_head.state_dict()), what="the critic")
+            with writing("the critic", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                _save_head(folder, self.value_head, CriticConfig("head", None, None))
+            _check_head(folder, self.value_head)
+
+        with self._policy() as model:
+            by_main(write, ProcessGroup(model.device)) if is_sharded(model) else write()
 
 
 def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:

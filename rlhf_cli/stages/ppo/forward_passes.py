@@ -121,6 +121,7 @@ class ForwardPasses:
         processes: processes that share the passes; by default this process alone.
 
     Attributes:
+        is_sharded: whether the processes divide the models among themselves.
         count: called with the number of completion tokens of each micro-batch after its work, for progress.
     """
 
@@ -143,8 +144,9 @@ class ForwardPasses:
         self.count: Callable[[int], object] = lambda tokens: None
         with models.policy() as model:
             self._reader = model  # only read: device, attention and configuration are those of policy and critic
+        self.is_sharded = is_sharded(model)
         self._cuts = MicroBatches(
-            micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens", repeats=not is_sharded(model)
+            micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens", repeats=not self.is_sharded
         )
         self.device = self._reader.device
         self._grouped = reads_groups(self._reader)
@@ -196,7 +198,7 @@ class ForwardPasses:
 
     def passes(self, completions: TokenPairs, rows: Sequence[int]) -> Iterator[tuple[list[int], float]]:
         """Yield what `micro_batches` yields with weight 1; of sharded models also fillers, see `equal_passes`."""
-        if not is_sharded(self._reader):
+        if not self.is_sharded:
             yield from ((part, 1.0) for part in self.micro_batches(completions, rows))
             return
         own = list(self.micro_batches(completions, rows))
@@ -306,7 +308,7 @@ class ForwardPasses:
             for name, tensor in (("policy", policy.logprobs), ("value", values), ("entropy", policy.entropy)):
                 found[name].append(tensor)
             order += part
-        if not order and not is_sharded(self._reader):
+        if not order and not self.is_sharded:
             return
         with self.models.reference() as model:  # once: its weights may have to be copied to the device
             for part, weight in self.passes(completions, range(len(completions))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.resources import (
@@ -14,7 +15,9 @@ from rlhf_cli.models.resources import (
     memory_need,
     moments,
     number_bytes,
+    own_part,
     saving,
+    sent,
     shards,
     vllm_share,
 )
@@ -30,16 +33,17 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     held = FLOAT32 if is_full else frozen_bytes(model.dtype, model.precision, model.quantize)
     critic = adapter if settings.critic_is_adapter else shape.weights if settings.critic_is_separate else 0
     policy = shape.weights if is_full else adapter
-    weights = {"policy": FLOAT32 * policy / parts, "critic": FLOAT32 * critic / parts}
+    own = partial(own_part, model, extent)
+    weights = {"policy": own(FLOAT32 * policy), "critic": own(FLOAT32 * critic)}
     # Under adapters the frozen weights of the policy are the reference, and are always held.
-    reference = {"reference": held * shape.weights / parts}
+    reference = {"reference": own(held * shape.weights)}
     weights |= {} if is_full else reference
-    reward = {} if extent.reward is None else {"reward model": extent.reward.weights * size / parts}
+    reward = {} if extent.reward is None else {"reward model": own(extent.reward.weights * size)}
     rests = extent.on_cpu or settings.offload_frozen  # weights that only score, while they are not used
     scoring = (reference if is_full else {}) | reward
     kept = weights if rests else weights | scoring
     small = shape.embeddings * (int(is_full) + int(settings.critic_is_separate))
-    state = {"optimizer": moments(policy + critic, settings.optimizer, small) / parts}
+    state = {"optimizer": own(moments(policy + critic, settings.optimizer, small))}
     tokens, longest = _tokens(settings, recipe, extent)
     activations = {
         "activations": float(
@@ -58,16 +62,16 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     scored = [shape] if extent.reward is None else [shape, extent.reward]
     passed = {"gathered": max(one.gathered(size) for one in scored)} if parts > 1 else {}
     trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
-    gradients = {"gradients": FLOAT32 * (policy + critic) / parts}
+    gradients = {"gradients": own(FLOAT32 * (policy + critic))}
     kept_to_save = FLOAT32 * float(critic)
     if parts > 1:  # of the critic also what is read back to be compared
-        kept_to_save = 2 * kept_to_save / parts + sum(scoring.values())
+        kept_to_save = 2 * own(kept_to_save) + sum(scoring.values())
     phases = {
         "load": loading(extent, weights | (scoring if not rests else {}), parts),
         "rollout": kept | state | drawing,
         "passes": weights | scoring | state | once | passed,
         "update": kept | state | gradients | activations | trained,
-        "save": saving(extent, kept=kept_to_save, parts=parts),
+        "save": saving(extent, kept=kept_to_save, parts=parts, offloads=model.sharding_cpu_offload),
     }
     return memory_need(extent, phases, *(scoring if extent.on_cpu else ()))
 
@@ -77,6 +81,8 @@ def _drawing(
 ) -> dict[str, float]:
     """Roles of drawing completions besides weights and moments."""
     shape, parts = extent.shape, shards(recipe.model, extent)
+    if recipe.generation.vllm_server is not None:
+        return {"sent": sent(shape)}
     if recipe.generation.engine == "vllm":
         return {"vLLM": vllm_share(shape, recipe.generation.gpu_memory_utilization, extent, longest)}
     rows = math.ceil(settings.completions_per_step / extent.processes)

@@ -27,6 +27,7 @@ from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
 from rlhf_cli.models.reward_model.sharded import load_divided
 from rlhf_cli.models.sharded_loading import UnreadModel, open_policy
+from rlhf_cli.models.sharding import share_shards
 from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
@@ -170,8 +171,8 @@ def _on_shared_backbone(
 def _separate_sharded(
     source: ModelSource, policy: UnreadModel, critic: AdapterStart | HeadStart | FullCritic
 ) -> SeparateModels:
-    """Read policy and reference into shards; the critic is there."""
-    assert isinstance(critic, FullCritic)
+    """Read policy and reference into shards; a critic that is a model is there."""
+    assert isinstance(critic, FullCritic | HeadStart)
     policy.model.requires_grad_(True)
     reference = open_policy(source.in_full())
     reference.model.requires_grad_(False)
@@ -293,4 +294,5 @@ def _shared_reward(
     reward_model = RewardModel(classifier, format, source, is_encoder=False)
     reward_model.mean, reward_model.std = config.mean, config.std
     load_head(reward_model, folder)
+    share_shards(classifier, backbone)
     return RewardModelHandle(reward_model, models.reward, is_shared=True)

@@ -12,18 +12,20 @@ from pathlib import Path
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.agreement import by_main
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.files import fsync_tree, rename
-from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.generator import Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.policy_saving import PROBE_SIZE, PROBE_TOKENS, TrainedAdapter, copy_policy, save_policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
-from rlhf_cli.models.sharding import gathered, is_sharded
+from rlhf_cli.models.sharding import is_sharded
 from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
+from rlhf_cli.stages.ppo.rollout import weights_to_draw
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 STEPS = "steps"
@@ -81,7 +83,7 @@ def save_ppo_models(
 
 @dataclass(frozen=True)
 class StepPolicies:
-    """Writes the policy of some steps while training goes on, in the main process.
+    """Writes the policy of some steps while training goes on, in the main process; of sharded models all call it.
 
     Attributes:
         models: being trained.
@@ -104,7 +106,8 @@ class StepPolicies:
     def save(self, step: int, probe: Sequence[Example]) -> None:
         """Write the policy after `step` steps; a folder that is there has all of it.
 
-        A copy is made on the CPU, and what is read back is compared with that copy.
+        A copy is made on the CPU, and what is read back is compared with that copy. Of sharded models the copy is
+        sharded too.
 
         Raises:
             DivergedError, DiskError, ModelError: see `save_policy`.
@@ -114,16 +117,18 @@ class StepPolicies:
         adapter = TrainedAdapter(POLICY, self.settings.lora) if self.settings.adapter == "lora" else None
         target = self.folder / str(step)
         partial = self.folder / f".{step}"
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         with self.models.policy() as model:
-            copied = copy_policy(model, self.source, adapter)
-            assert copied is not None  # `save_steps` is refused with sharded models
+            copied = model if is_sharded(model) else copy_policy(model, self.source, adapter)
             generation = self.sampling.generation(model, tokenizer, self.stop_ids)
-        beat()
-        save_policy(
-            copied, tokenizer, partial, source=self.source, probe=probe, adapter=adapter, generation=generation,
-            depth=STEP_DEPTH,
-        )  # fmt: skip
+            beat()
+            save_policy(
+                copied, tokenizer, partial, source=self.source, probe=probe, adapter=adapter, generation=generation,
+                depth=STEP_DEPTH, keeps=True,
+            )  # fmt: skip
+        if not is_main():
+            return
         self.finish(partial)
         beat()
         fsync_tree(partial)
@@ -137,15 +142,16 @@ def saved_steps(folder: Path, *, up_to: int) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def sample_probe(policy: Policy, prompts: TokenizedPrompts) -> list[Example]:
+def sample_probe(policy: Policy, prompts: TokenizedPrompts, generator: Generator | None = None) -> list[Example]:
     """Sample short completions of the first prompts, on which `save_ppo_models` compares the policies.
 
-    Of a sharded policy every process calls this.
+    Of a sharded policy every process calls this. `generator` draws them; None is `TorchGenerator`.
     """
+    generator = generator or TorchGenerator()
     short = copy.copy(policy)
     length = min(PROBE_TOKENS, policy.sampling.max_new_tokens)
     short.sampling = dataclasses.replace(policy.sampling, max_new_tokens=length)
     starts = [ids[-PROBE_TOKENS:] for ids in prompts.ids[:PROBE_SIZE]]
-    with policy.model() as model, gathered(model):
-        completions = TorchGenerator().generate(short, [Request(ids, seed=row) for row, ids in enumerate(starts)])
+    with policy.model() as model, weights_to_draw(model, generator):
+        completions = generator.generate(short, [Request(ids, seed=row) for row, ids in enumerate(starts)])
     return [Example(ids, completion.ids) for ids, completion in zip(starts, completions, strict=True)]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -44,6 +46,11 @@ def own_sampling(settings: PPOSettings) -> StageSamplingSettings:
         stop_tokens=settings.stop_tokens,
         batch_size=settings.rollout_batch_size,
     )
+
+
+def weights_to_draw(model: PreTrainedModel, generator: Generator) -> AbstractContextManager[object]:
+    """Context in which a generator can draw from a model: a sharded one is whole, unless a server has its weights."""
+    return nullcontext() if isinstance(generator, DrawsAhead) else gathered(model)
 
 
 class Rollouts:
@@ -112,7 +119,7 @@ class Rollouts:
         rows, numbers = self.numbered_rows(step, len(source))
         if self._ahead is None:
             return self.completions(source, rows, numbers, watch)
-        with self._policy.model() as model, gathered(model):
+        with self._policy.model() as model, weights_to_draw(model, self._generator):
             drawn, is_stale = self._take(self._ahead, source, rows, numbers, watch)
             if step + 1 < self._settings.steps:
                 self._begin(self._ahead, source, step + 1, watch, current=drawn if is_stale else None)
@@ -202,7 +209,7 @@ class Rollouts:
         Raises:
             DivergedError: the policy's logits are not finite in some process; raised in all of them.
         """
-        with self._policy.model() as model, gathered(model):
+        with self._policy.model() as model, weights_to_draw(model, self._generator):
             return self._completions(source, rows, numbers, watch)
 
     def _completions(

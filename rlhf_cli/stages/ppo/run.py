@@ -102,6 +102,11 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         models, source, settings, context.work / STEPS, sampling, policy.stop_ids,
         lambda folder: _write_contract(context, folder, style, sampling, data),
     )  # fmt: skip
+    # vLLM on the policy's GPU would need the whole weights in a second program.
+    is_torch = is_sharded and context.recipe.generation.vllm_server is None
+    generator = TorchGenerator() if is_torch else choose_generator(context, [policy], generator)
+    # A sharded policy that a server draws from is never whole in a process.
+    prober = generator if is_sharded else TorchGenerator()
     trainer = PPOTrainer(
         models,
         _forward_passes(models, settings, policy, processes),
@@ -109,20 +114,19 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         reward.score,
         settings,
         policy=policy,
-        # vLLM would need the whole weights in a second program.
-        generator=TorchGenerator() if is_sharded else choose_generator(context, [policy], generator),
+        generator=generator,
         detectors=Detectors(settings.detectors, _watched(context, reward, data)),
         seed=context.recipe.seed,
         work=context.work,
         stop=context.stop,
         log=metrics_log(context),
-        save_policy=lambda step: steps.save(step, sample_probe(policy, data.prompts)),
+        save_policy=lambda step: steps.save(step, sample_probe(policy, data.prompts, prober)),
         peak=device_peak(source.device, source.precision, processes),
     )
     _train(trainer, context.work, processes)
     del trainer  # with the moments of its optimizer: what follows loads what was written
     free_memory()
-    probe = sample_probe(policy, data.prompts) if is_sharded or processes.is_main else []
+    probe = sample_probe(policy, data.prompts, prober) if is_sharded or processes.is_main else []
     writes = is_sharded or processes.is_main
     return _written(context, models, policy, style, data, skips, probe) if writes else StageOutcome()
 

@@ -42,11 +42,6 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
 def _check(settings: PPOSettings, recipe: RunSettings) -> None:
     members = None if settings.reward_model is not None else recipe.value("train_rm.members")
     check_combination(settings, members)
-    if recipe.generation.vllm_server is not None and recipe.model.sharding != "none":
-        raise ValueError(
-            "`generation.vllm_server` takes the weights from one process, and with `model.sharding: fsdp` none has "
-            "them all"
-        )
     if settings.overlap_rollouts and settings.importance_cap is None:
         raise ValueError("`ppo.overlap_rollouts` needs `ppo.importance_cap`, which corrects for the older policy")
     if settings.overlap_rollouts and recipe.generation.vllm_server is None:

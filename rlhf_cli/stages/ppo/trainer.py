@@ -313,7 +313,7 @@ class PPOTrainer(TrainingTask):
         every = self.settings.save_steps
         if every is not None and self._save_policy is not None and step % every == 0 and step < self.settings.steps:
             with watch.phase("checkpoint", "saving"):
-                if self._processes.is_main:
+                if self._processes.is_main or self.forward_passes.is_sharded:  # then all gather the weights
                     self._save_policy(step)
                 self._processes.barrier()
 

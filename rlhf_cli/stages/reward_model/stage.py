@@ -72,7 +72,9 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
     if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):
         phases["rollout"] = need.weights | _drawing(recipe, extent, number_bytes(recipe.model.precision))
     # An adapter is small; its base is read again to be compared.
-    phases["save"] = saving(extent, parts=parts) if rank is None else phases["load"]
+    phases["save"] = phases["load"]
+    if rank is None:
+        phases["save"] = saving(extent, parts=parts, offloads=recipe.model.sharding_cpu_offload)
     return memory_need(extent, phases)
 
 

@@ -57,7 +57,8 @@ def _memory(settings: SFTSettings, recipe: RunSettings, extent: Extent) -> Memor
     need = training_memory(settings, recipe.model, extent, role="policy", rank=rank, longest=settings.max_length)
     update = need.weights | need.update | {"logits": extent.shape.logits(need.tokens)}
     parts = shards(recipe.model, extent)
-    load, save = loading(extent, need.weights, parts), saving(extent, parts=parts)
+    load = loading(extent, need.weights, parts)
+    save = saving(extent, parts=parts, offloads=recipe.model.sharding_cpu_offload)
     return memory_need(extent, {"load": load, "update": update, "save": save})
 
 

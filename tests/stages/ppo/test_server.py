@@ -110,9 +110,6 @@ def test_rollouts_cannot_overlap_without_a_server_or_a_correction(make_trainer, 
     ppo = {"rewards": [{"function": "f.py:f"}], "overlap_rollouts": True}
     with pytest.raises(ValueError, match=r"`ppo\.overlap_rollouts` needs `generation\.vllm_server`"):
         Recipe.model_validate({"ppo": ppo})
-    shared = {"generation": {"vllm_server": "http://localhost:8000"}, "model": {"sharding": "fsdp"}}
-    with pytest.raises(ValueError, match=r"takes the weights from one process"):
-        Recipe.model_validate(shared | {"ppo": ppo})
     with pytest.raises(ValueError, match=r"needs `ppo\.importance_cap`"):
         Recipe.model_validate({"ppo": ppo | {"importance_cap": None}})
     with pytest.raises(UsageError, match="another engine draws the completions"):

@@ -1,0 +1,242 @@
+"""Run as a script by several processes: what PPO can be combined with when its models are sharded.
+
+`sharded_options.py FOLDER CASE...` writes `FOLDER/CASE.json`; a case is `KIND-FAMILY-ADAPTER`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.process_group import ProcessGroup, leave
+from rlhf_cli.generation.generator import Generator
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import TokenizedPrompts
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.server_generator import VLLMServerGenerator
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.sharding import local, whole
+from rlhf_cli.rewards.base import Scores
+from rlhf_cli.settings.shared import GenerationSettings, LoraSettings
+from rlhf_cli.stages.ppo import rollout
+from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
+from rlhf_cli.stages.ppo.model_saving import StepPolicies
+from rlhf_cli.stages.ppo.rollout import own_sampling
+from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+from tests.distributed.sharded_helpers import NeverStop, copies, difference, one_process
+from tests.generation import server_stand_in, vllm_stand_in
+
+Draws = Callable[[Policy], Generator | None]
+TEXTS = ["The cat sat", "Why is the sky blue?", "so", "Bread"]
+STEPS = 4
+PROBE = [Example([3, 5, 7], [9, 11])]
+
+
+def settings(adapter: str, **more: object) -> PPOSettings:
+    """Three prompts per step, one per pass; evaluated on one prompt, fewer than processes."""
+    given = {
+        "adapter": adapter, "critic_from": "policy", "steps": STEPS, "prompts_per_step": 3, "epochs": 2,
+        "micro_batch_size": 1, "rollout_batch_size": 2, "max_new_tokens": 6, "learning_rate": 1e-3,
+        "schedule": "constant", "ratio_limit": 1e6, "checkpoint_steps": STEPS, "eval_steps": STEPS, "eval_prompts": 1,
+        "gradient_checkpointing": adapter == "none",
+    } | ({"lora": {"rank": 3}} if adapter == "lora" else {})  # fmt: skip
+    return PPOSettings(**given | more)  # type: ignore[arg-type]
+
+
+class Run:
+    """PPO on sharded models, or on whole ones in one process.
+
+    Attributes:
+        loaded: the models.
+        work: folder of its checkpoints.
+        before: weights before the first step.
+        score: held-out score of the last one, in process 0.
+    """
+
+    def __init__(
+        self, model: Path, given: PPOSettings, work: Path, *, is_sharded: bool,
+        reward: str | None = None, draws: Draws = lambda policy: None, size: int | None = None, offloads: bool = False,
+    ) -> None:  # fmt: skip
+        work.mkdir(parents=True, exist_ok=True)
+        self.work = work
+        source = ModelSource(str(model), sharding_size=size, sharding_cpu_offload=offloads)
+        self.loaded: LoadedPPOModels = load_ppo_models(
+            source, given, reward_path=reward, template=None, scratch=work, is_sharded=is_sharded
+        )
+        models = self.loaded.models
+        self.policy = Policy.load(source, Sampling.resolve(own_sampling(given)), weights=models.policy)
+        processes = ProcessGroup() if is_sharded else one_process()
+        passes = ForwardPasses(
+            models, autocast=self.policy.autocast, micro_batch_size=1, temperature=1.0, processes=processes
+        )
+        data = PPOData(self._prompts(TEXTS), self._prompts(["Who knows"]))
+        saves = is_sharded or ProcessGroup().is_main  # only process 0 of a launch writes models
+        self.before = copies(self.state())
+        steps = StepPolicies(
+            models, source, given, work / "steps", self.policy.sampling, self.policy.stop_ids, lambda folder: None
+        )
+        PPOTrainer(
+            models, passes, data, self._reward, given, policy=self.policy, seed=0, work=work, stop=NeverStop(),
+            generator=draws(self.policy), save_policy=lambda step: steps.save(step, PROBE) if saves else None,
+        ).train()  # fmt: skip
+        lines = (work / "metrics.jsonl").read_text().splitlines() if processes.is_main else ["{}"]
+        self.score = json.loads(lines[-1]).get("eval/objective/scores", 0.0)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: whole(weight) for name, weight in self.loaded.models.state().items()}
+
+    def _prompts(self, texts: list[str]) -> TokenizedPrompts:
+        return TokenizedPrompts(texts, [self.policy.prompt_ids(text) for text in texts])
+
+    def _reward(self, prompts: list[str], texts: list[str], columns: object) -> Scores:
+        vowels = [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts]
+        model = self.loaded.reward_model
+        scores = [0.0] * len(texts) if model is None else model.score(prompts, texts)
+        return Scores([one + 0.1 * other for one, other in zip(vowels, scores, strict=True)], {})
+
+
+def compared(together: Run, single: Run) -> dict[str, object]:
+    state = together.state()
+    return {
+        "difference": difference(single.state(), state),
+        "score": abs(single.score - together.score),
+        "moved": min(difference(run.before, run.state()) for run in (together, single)),
+    }
+
+
+def server(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """A vLLM server draws, and is lost once while it takes weights; with LoRA the reward model shares the backbone."""
+    patch, given, reward = pytest.MonkeyPatch(), settings(adapter, importance_cap=2.0), None
+    vllm_stand_in.install(patch)
+    server_stand_in.install_client(patch)
+    processes = ProcessGroup()
+    if adapter == "lora":
+        reward = str(folder / "reward")
+        if processes.is_main:
+            Path(reward).mkdir(parents=True)
+            scorer = new_reward_model(ModelSource(str(model)), template=None, lora=LoraSettings(rank=3), seed=1)
+            save_reward_model(scorer, Path(reward))
+        processes.barrier()
+
+    def draws(policy: Policy, stand_in: server_stand_in.StandIn | None, group: ProcessGroup) -> Generator:
+        url = group.all_gather_object(None if stand_in is None else stand_in.url)[0]
+        made = VLLMServerGenerator(GenerationSettings(vllm_server=url, server_timeout=20.0), policy, longest_prompt=32)
+        made._processes = group
+        made.start(policy)
+        if stand_in is not None and group.count > 1:
+            stand_in.dies_in_transfer, stand_in.comes_back = True, 0.1
+        return made
+
+    def refused(model: object) -> None:
+        raise AssertionError("a process gathered the whole policy")
+
+    patch.setattr(rollout, "gathered", refused)
+    first = server_stand_in.StandIn(model) if processes.is_main else None
+    together = Run(
+        model, given, folder / "two", is_sharded=True, reward=reward, draws=lambda one: draws(one, first, processes)
+    )
+    alone = server_stand_in.StandIn(model)
+    single = Run(
+        model, given, folder / f"one-{processes.index}", is_sharded=False, reward=reward,
+        draws=lambda one: draws(one, alone, one_process()),
+    )  # fmt: skip
+    found = compared(together, single) | {"is_shared": reward is None or together.loaded.reward_model.is_sharded}
+    if first is not None:
+        found |= {"updates": first.paths.count("/finish_weight_update"), "lost": not first.dies_in_transfer}
+        seeds = [{body["seed"] for body in one.drawn} for one in (first, alone)]
+        found["same_seeds"] = seeds[0] == seeds[1]
+    patch.undo()
+    return found
+
+
+def both(model: Path, adapter: str, folder: Path, given: PPOSettings, **options: object) -> tuple[Run, Run]:
+    """Sharded over all processes, and whole in each one."""
+    together = Run(model, given, folder / "two", is_sharded=True, **options)  # type: ignore[arg-type]
+    return together, Run(model, given, folder / f"one-{ProcessGroup().index}", is_sharded=False)
+
+
+def saved(together: Run, single: Run) -> float:
+    """Difference of the policies that were written after half of the steps."""
+    paths = [run.work / "steps" / str(STEPS // 2) / "model.safetensors" for run in (together, single)]
+    return difference(*map(load_file, paths))
+
+
+def save(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """Policies of `ppo.save_steps`: after half of the steps."""
+    together, single = both(model, adapter, folder, settings(adapter, save_steps=STEPS // 2))
+    found = compared(together, single)
+    if ProcessGroup().is_main:
+        found["saved"] = saved(together, single)
+        found["folders"] = sorted(path.name for path in (together.work / "steps").iterdir())
+    return found
+
+
+def head(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """The critic is a head on the policy, and is trained alone in the first step."""
+    return compared(*both(model, adapter, folder, settings(adapter, critic="head", critic_warmup_steps=1)))
+
+
+def offload(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """torch offloads to the CPU from a CPU, too: what it copies is where it was."""
+    together, single = both(model, adapter, folder, settings(adapter, save_steps=2), offloads=True)
+    with together.loaded.models.policy() as policy:
+        states = [module._get_fsdp_state() for module in policy.modules() if isinstance(module, FSDPModule)]
+        parts = [part for state in states for group in state._fsdp_param_groups for part in group.fsdp_params]
+        named = str(policy.device), str(policy.base_model.device)
+    return compared(together, single) | {"offloaded": all(part.offload_to_cpu for part in parts), "devices": named}
+
+
+def hybrid(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """Groups of two; every gradient is clipped."""
+    given = settings(adapter, max_grad_norm=1e-3, save_steps=STEPS // 2)
+    together, single = both(model, adapter, folder, given, size=2)
+    found = compared(together, single)
+    together.loaded.models.save_critic(folder / "critic")  # reads it back, each process its part
+    with together.loaded.models.policy() as policy:
+        weights = list(policy.parameters())
+        found["held"] = sum(local(one).numel() for one in weights) / sum(one.numel() for one in weights)
+    if ProcessGroup().is_main:
+        checkpoints = [run.work / f"step-{STEPS:08d}" / "tensors.safetensors" for run in (together, single)]
+        found |= {"checkpoint": difference(*map(load_file, checkpoints)), "saved": saved(together, single)}
+        rows = [(run.work / "metrics.jsonl").read_text().splitlines()[-1] for run in (together, single)]
+        norms = [json.loads(row)["policy/grad_norm"] for row in rows]
+        found["norms"] = [norms[0], abs(norms[0] / norms[1] - 1)]
+    return found
+
+
+CASES: dict[str, Callable[[Path, str, Path], dict[str, object]]] = {
+    "server": server,
+    "save": save,
+    "head": head,
+    "offload": offload,
+    "hybrid": hybrid,
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for case in sys.argv[2:]:
+        kind, family, adapter = case.split("-")
+        found = CASES[kind](folder / family, adapter, folder / case)
+        if os.environ["RANK"] == "0":
+            (folder / f"{case}.json").write_text(json.dumps(found))
+            print(case, found, flush=True)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
