@@ -103,7 +103,10 @@ class BackgroundCommand:
         try:
             self._thread.join(_AT_ONCE)
             if self._thread.is_alive():
-                print("waiting until sampling stops, up to 20 seconds; Ctrl-C stops it at once", file=sys.stderr)
+                print(
+                    "waiting until sampling stops after its token, up to 20 seconds; Ctrl-C stops it at once",
+                    file=sys.stderr,
+                )
                 self._thread.join(_LONGEST_STOP)
         except KeyboardInterrupt:
             pass  # what is on disk is complete
