@@ -16,6 +16,7 @@ from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Flag, section_of
 
 if TYPE_CHECKING:
+    from rlhf_cli.recipe.loader import LoadedRecipe
     from rlhf_cli.recipe.overrides import Override
 
 
@@ -88,21 +89,13 @@ def run_stages(
     from rlhf_cli.cli.run_summary import show_outcome, show_plan
     from rlhf_cli.distributed import launcher
     from rlhf_cli.distributed.ranks import is_main
-    from rlhf_cli.errors import RecipeError
     from rlhf_cli.pipeline import runner
     from rlhf_cli.pipeline.planner import Selection
-    from rlhf_cli.recipe.loader import load_recipe
     from rlhf_cli.run_log import LOG, stay_open
 
     launcher.check_options(given["processes"], given["accelerate_config"])
     _check_source(given)
-    all_overrides = [*_overrides((*flags, *options.RUN_FLAGS), given), *overrides]
-    try:
-        loaded = load_recipe(given["recipe"], given["settings"] or [], all_overrides, section=section)
-    except RecipeError as error:
-        if given["recipe"] is None and error.hint is None:
-            error.hint = f"`rlhf {first} --help` lists the options; a recipe can provide all settings"
-        raise
+    loaded = _loaded(given, flags, overrides, section=section, first=first)
     folder: Path = given["run_dir"] or loaded.recipe.default_run_dir
     if not given["dry_run"]:
         _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads, log=folder / LOG)
@@ -128,6 +121,31 @@ def run_stages(
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
     elif not given["dry_run"]:
         typer.echo(result.stages[-1].path)
+
+
+def loaded_for(name: str, given: Mapping[str, Any], overrides: Sequence[Override] = ()) -> LoadedRecipe:
+    """Return the recipe with which `run_stage` runs a stage."""
+    return _loaded(given, registry.stage(name).flags, overrides, section=section_of(name), first=name)
+
+
+def _loaded(
+    given: Mapping[str, Any],
+    flags: Sequence[Flag],
+    overrides: Sequence[Override],
+    *,
+    section: str | None,
+    first: str | None,
+) -> LoadedRecipe:
+    from rlhf_cli.errors import RecipeError
+    from rlhf_cli.recipe.loader import load_recipe
+
+    all_overrides = [*_overrides((*flags, *options.RUN_FLAGS), given), *overrides]
+    try:
+        return load_recipe(given["recipe"], given["settings"] or [], all_overrides, section=section)
+    except RecipeError as error:
+        if given["recipe"] is None and error.hint is None:
+            error.hint = f"`rlhf {first} --help` lists the options; a recipe can provide all settings"
+        raise
 
 
 def _check_source(given: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,35 +55,61 @@ class CompletionFile:
         """Number of completions that this process has to add."""
         return self._per_prompt * sum(len(chunk) for chunk in self._mine if chunk[0] not in self._done)
 
-    def fill(self, sample: Callable[[Sequence[int]], list[Completion]], before_chunk: Callable[[], object]) -> None:
+    @property
+    def next_chunk(self) -> Sequence[int]:
+        """Numbers of the prompts that this process samples next; none if nothing is left for it."""
+        return next((chunk for chunk in self._mine if chunk[0] not in self._done), ())
+
+    def fill(
+        self,
+        sample: Callable[[Sequence[int]], list[Completion]],
+        before_chunk: Callable[[], object],
+        after_chunk: Callable[[Mapping[int, list[Completion]]], object] = lambda _: None,
+    ) -> None:
         """Sample the missing chunks; each is on disk before the next begins. Returns when all processes are done.
 
         Args:
             sample: takes numbers of prompts; returns K completions per prompt, in the order of the prompts.
             before_chunk: called when everything so far is on disk; may raise to stop.
+            after_chunk: called with number -> K completions of a chunk of this process, once they are on disk.
 
         Raises:
             DiskError: the disk is full; earlier chunks are kept.
         """
-        own = self._path(self._processes.index)
-        own.touch()
+        self._path(self._processes.index).touch()
         for chunk in self._mine:
-            before_chunk()
-            numbers = [number for number in chunk for _ in range(self._per_prompt)]
-            pairs = zip(numbers, sample(chunk), strict=True)
-            lines = b"".join(_line(number, completion) for number, completion in pairs)
-            try:
-                append(own, lines)
-            except OSError as error:
-                raise DiskError(
-                    f"cannot write {len(lines):,} bytes to {own}: {error.strerror or error}",
-                    hint="free some space and run the same command again; completions sampled before are kept",
-                ) from error
+            if chunk[0] not in self._done:
+                before_chunk()
+                after_chunk(self.add(chunk, sample(chunk)))
         self._processes.barrier()
         self._done = set(self._chunks)
 
+    def add(self, chunk: Sequence[int], completions: Sequence[Completion]) -> dict[int, list[Completion]]:
+        """Append a chunk to the file of this process; returns number -> K completions once they are on disk.
+
+        Raises:
+            DiskError: see `fill`.
+        """
+        own, count = self._path(self._processes.index), self._per_prompt
+        numbers = [number for number in chunk for _ in range(count)]
+        lines = b"".join(_line(number, one) for number, one in zip(numbers, completions, strict=True))
+        try:
+            append(own, lines)
+        except OSError as error:
+            raise DiskError(
+                f"cannot write {len(lines):,} bytes to {own}: {error.strerror or error}",
+                hint="free some space and run the same command again; completions sampled before are kept",
+            ) from error
+        self._done.add(chunk[0])
+        return {number: list(completions[at * count : (at + 1) * count]) for at, number in enumerate(chunk)}
+
     def read(self) -> list[list[Completion]]:
-        """Return K completions per prompt, in the order of the prompts."""
+        """Return K completions per prompt, in the order of the prompts; once `fill` has returned."""
+        completions = self.sampled()
+        return [completions[number] for number in sorted(completions)]
+
+    def sampled(self) -> dict[int, list[Completion]]:
+        """Return number -> K completions of each prompt that is on disk."""
         completions: dict[int, list[Completion]] = {}
         for path in self._files():
             with path.open("rb") as file:
@@ -95,7 +121,7 @@ class CompletionFile:
                         )
                     number, completion = found
                     completions.setdefault(number, []).append(completion)
-        return [completions[number] for number in sorted(completions)]
+        return completions
 
     def _path(self, process: int) -> Path:
         return self._folder / (f"{self._name}-{process}.jsonl" if process else f"{self._name}.jsonl")

@@ -85,7 +85,8 @@ def last_command(folder: Path) -> str | None:
 
 def command_line() -> str:
     """Return the command of this process, as a shell reads it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["rlhf" if name == "__main__.py" else name, *sys.argv[1:]])  # `python -m rlhf_cli` is the same
 
 
 def _environment(recipe: Path | None) -> dict[str, Any]:

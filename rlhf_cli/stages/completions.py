@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from rlhf_cli.generation.prompts import TokenizedPrompts
 
 
+Receive = Callable[[Mapping[int, list[Completion]]], object]
+"""Takes number of prompt -> K completions that are on disk."""
+_GROWTH = 4
+"""Each of the first chunks of `early_chunks` has this many times the prompts of the one before."""
+
+
 def draw_completions(
     context: StageContext[Any, Any],
     policy: Policy,
@@ -30,6 +36,8 @@ def draw_completions(
     generator: Generator,
     processes: ProcessGroup,
     watch: StepWatch,
+    is_early: bool = False,
+    receive: Receive | None = None,
 ) -> tuple[list[list[Completion]], int]:
     """Draw K completions per prompt; all processes call this, share the prompts, and get all completions.
 
@@ -43,37 +51,72 @@ def draw_completions(
         generator: draws completions.
         processes: of the run.
         watch: times the sampling.
+        is_early: draw a few completions first, see `early_chunks`; the same for all attempts of a stage.
+        receive: called when some completions are on disk, and again for those of each further chunk; it is not called
+            if all were sampled before. With one process only.
 
     Returns:
         N lists of K completions, and the number of tokens drawn in this attempt, if the generator tells.
     """
-    # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts.ids[number]))
     size = max(1, policy.sampling.batch_size // per_prompt)
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    chunks = (early_chunks if is_early else chunks_by_length)([len(ids) for ids in prompts.ids], size)
     file = CompletionFile(context.work / "samples.jsonl", chunks, per_prompt, processes)
     if file.done:
         say(f"{file.done:,} completions were sampled before")
+        if receive is not None and file.left:
+            receive(file.sampled())
     if file.left:
         with policy.model():
             pass  # loads the weights, which is not sampling
-    with (
-        task("sampling completions", file.done + file.left, "completions", done=file.done) as bar,
-        watch.phase("rollout", "sampling"),
-    ):
-        progress = Drawing(file.left, policy.sampling.max_new_tokens, bar)
 
-        def draw(chunk: Sequence[int]) -> list[Completion]:
-            requests = [
-                Request(prompts.ids[number], seed_for(prompts.prompts[number], context.recipe.seed, k))
-                for number in chunk
-                for k in range(per_prompt)
-            ]
-            return generator.generate(policy, requests, progress=progress, stop=context.stop.check)
+    def draw(chunk: Sequence[int], progress: Drawing) -> list[Completion]:
+        requests = [
+            Request(prompts.ids[number], seed_for(prompts.prompts[number], context.recipe.seed, k))
+            for number in chunk
+            for k in range(per_prompt)
+        ]
+        return generator.generate(policy, requests, progress=progress, stop=context.stop.check)
 
-        file.fill(draw, context.stop.check)
+    limit, tokens = policy.sampling.max_new_tokens, 0
+    with watch.phase("rollout", "sampling"):
+        if receive is not None and file.left and not file.done:
+            first = file.next_chunk
+            with task("sampling the first completions", len(first) * per_prompt, "completions") as bar:
+                progress = Drawing(len(first) * per_prompt, limit, bar)
+                drawn = file.add(first, draw(first, progress))
+            tokens = progress.tokens
+            receive(drawn)  # after the end of the bar: an interface may open now
+        with task("sampling completions", file.done + file.left, "completions", done=file.done) as bar:
+            progress = Drawing(file.left, limit, bar)
+            file.fill(partial(draw, progress=progress), context.stop.check, receive or (lambda _: None))
     policy.release()
-    return file.read(), progress.tokens
+    return file.read(), tokens + progress.tokens
+
+
+def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return chunks of prompts that are sampled together: those of similar length, the shortest first.
+
+    Args:
+        lengths: tokens of N prompts.
+        size: prompts per chunk.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def early_chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return chunks for stages whose completions are used while others are sampled; see `chunks_by_length`.
+
+    The first chunks have 1, 4, 16, ... prompts, in the order of the prompts. The others are full and of similar length;
+    those with the earliest prompts come first, so that short prompts are not used before long ones.
+    """
+    chunks: list[list[int]] = []
+    start, count = 0, 1
+    while count < size and start < len(lengths):
+        chunks.append(list(range(start, min(start + count, len(lengths)))))
+        start, count = start + count, count * _GROWTH
+    rest = chunks_by_length(lengths[start:], size)
+    return chunks + sorted(([start + number for number in chunk] for chunk in rest), key=min)
 
 
 def columns_of_drawn(

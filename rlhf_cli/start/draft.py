@@ -102,8 +102,9 @@ def recipe_text(draft: Draft, path: Path, command: str) -> str:
         decides = "the function" if "judge_function" in draft.labels.evaluate else "the reward model"
         lines.add("evaluate", _evaluate(draft), f"compares the models after and before PPO; {decides} decides")
     _apply(lines, draft.settings)
+    labels_first = draft.labels.source == "people" and draft.demonstrations is None
     head = [
-        f"# Written by `{command}`. Next: rlhf run {word(path)}",
+        f"# Written by `{command}`. Next: rlhf {'label' if labels_first else 'run'} {word(path)}",
         f"# Other settings have their defaults: `rlhf recipe show {word(path)}` lists them.",
     ]
     return "\n".join([*head, *_rendered(lines)]) + "\n"

@@ -53,19 +53,12 @@ def write_recipe(draft: Draft, path: Path, command: str) -> str:
 
 def _say_what_comes_next(draft: Draft, path: Path, run_dir: Path) -> None:
     say(f"{path}: no problems. Next:\n")
-    commands = [(f"rlhf run {word(path)}", _run_does(draft))]
+    commands = [(f"rlhf run {word(path)}", "trains and evaluates")]
     if draft.labels.source == "people":
-        commands += [
-            (f"rlhf label --run-dir {word(run_dir)}", "rank them; with --serve in a browser"),
-            (f"rlhf run {word(path)}", "trains and evaluates"),
-        ]
+        commands.insert(0, (f"rlhf label {word(path)}", "samples completions, you rank them; --serve: in a browser"))
+        if draft.demonstrations is not None:
+            commands.insert(0, (f"rlhf run {word(path)} --to sft", "fine-tunes the model on the demonstrations"))
     commands.append((f"rlhf chat {word(run_dir)}", "talk to the models before and after PPO"))
     width = max(len(command) for command, _ in commands)
     for command, does in commands:
         say(f"  {command:<{width}}   # {does}")
-
-
-def _run_does(draft: Draft) -> str:
-    if draft.labels.source == "people":
-        return "samples completions, then waits for you"
-    return "trains and evaluates"

@@ -45,7 +45,9 @@ def test_a_recipe_for_people_holds_what_differs_from_the_defaults(init, tiny_lla
     assert f"# {training} prompts to train on, {30 - training} held out" in text
     assert said.endswith("# talk to the models before and after PPO")
     assert "rlhf run mine.yaml" in said
-    assert "rlhf label --run-dir runs/mine" in said
+    commands = [line.split("#")[0].strip() for line in said.splitlines()[-3:]]
+    assert commands == ["rlhf label mine.yaml", "rlhf run mine.yaml", "rlhf chat runs/mine"]
+    assert "Next: rlhf label mine.yaml\n" in text
 
 
 def test_preferences_of_a_file_are_imported_and_counted(init, preferences):

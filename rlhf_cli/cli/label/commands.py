@@ -65,6 +65,7 @@ def label(**given: Any) -> None:
     recipe: `rlhf label --run-dir runs/mine`. Exit code 76 means that labels are still missing.
     """
     from rlhf_cli.cli.label.human import AnnotationInterface, label_by_annotators
+    from rlhf_cli.cli.label.sampling import background_sampling
     from rlhf_cli.recipe.overrides import override
     from rlhf_cli.settings.judges import judge_panel
 
@@ -79,6 +80,7 @@ def label(**given: Any) -> None:
     is_waiting_run = joins and given["run_dir"] is not None and not (given["force"] or given["dry_run"])
     label_by_annotators(
         lambda force: run_stage("label", {**given, "force": force}, own),
+        lambda: background_sampling(given, own),
         AnnotationInterface(given["serve"], given["host"], given["port"], tuple(given["annotator"] or ())),
         waits_in=given["run_dir"] if is_waiting_run else None,
         force=given["force"],

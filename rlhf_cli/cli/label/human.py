@@ -6,6 +6,7 @@ import getpass
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,12 +16,18 @@ from typing import TYPE_CHECKING
 import typer
 
 from rlhf_cli import run_log
+from rlhf_cli.cli.label.sampling import OtherCommand
 from rlhf_cli.distributed.ranks import world_size
+from rlhf_cli.distributed.worker import is_background
 from rlhf_cli.errors import Interrupted, UsageError, WaitingForLabelsError
 from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
+    from rlhf_cli.distributed.background import BackgroundCommand
+    from rlhf_cli.labeling.session.types import Sampling, SessionProgress
     from rlhf_cli.labeling.web.tokens import ServerLinks
+
+_THEN = "the pipeline can continue"
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,18 @@ class AnnotationInterface:
                 hint="start one terminal per annotator with `--annotator NAME`, or use `--serve`",
             )
 
+    def check_usable(self) -> None:
+        """Raise `UsageError` if the interface cannot be opened, before anything is sampled for it."""
+        self.names()
+        if self.serve:
+            from rlhf_cli.web.server import require_packages
+
+            require_packages("the labeling page")
+        else:
+            from rlhf_cli.labeling.terminal.tty import check_terminal
+
+            check_terminal()
+
     def names(self) -> tuple[str, ...]:
         """Names of the annotators; raises `UsageError` if none was given and the user has no name."""
         if self.annotators:
@@ -60,12 +79,21 @@ class AnnotationInterface:
 
 
 def label_by_annotators(
-    run_stage: Callable[[bool], None], interface: AnnotationInterface, *, waits_in: Path | None, force: bool
+    run_stage: Callable[[bool], None],
+    background: Callable[[], BackgroundCommand | None],
+    interface: AnnotationInterface,
+    *,
+    waits_in: Path | None,
+    force: bool,
 ) -> None:
     """Run the stage; if it waits for labels, open the interface, then run the stage again.
 
+    Where completions are sampled for people, the first run is a process of its own, and the interface opens as soon as
+    there is something to label.
+
     Args:
         run_stage: runs `label`, discarding unfinished work if its argument is true; prints the outcome.
+        background: returns the same as a process; None if all completions are sampled before the interface opens.
         interface: terminal or web page.
         waits_in: a run directory given without a recipe; if it waits for labels, the stage is not run first.
         force: discard unfinished work; labels are kept.
@@ -81,7 +109,7 @@ def label_by_annotators(
     if waits_in is not None and (waits_in / STORE).is_file():
         if waits_for_people(waits_in):
             afterwards = f"continue with `{last_command(waits_in) or 'rlhf run RECIPE'}`"
-            _open(waits_in / STORE, waits_in, interface, afterwards)
+            _open(waits_in / STORE, waits_in, interface, afterwards, OtherCommand(waits_in))
             if interface.serve:
                 say(f"enough prompts are labeled: {afterwards}")
         else:
@@ -93,6 +121,18 @@ def label_by_annotators(
         raise UsageError(
             f"{waits_in}: {what}", hint="name a run that waits for labels, or add a recipe, or `--by` and its options"
         )
+    opens = not is_background() and world_size() == 1 and (interface.serve or _is_interactive())
+    sampling = background() if opens else None
+    if sampling is not None:
+        interface.check_usable()
+        with sampling:
+            news = sampling.wait()
+            if news is None:
+                return
+            store = Path(news["store"])
+            _open(store, store.parents[2], interface, _THEN, sampling)
+        run_stage(False)
+        return
     try:
         run_stage(force)
         if interface.serve or interface.annotators:
@@ -100,10 +140,10 @@ def label_by_annotators(
         return
     except WaitingForLabelsError as waiting:
         store = Path(waiting.store)
-        if world_size() > 1 or not (interface.serve or _is_interactive()):
+        if not opens:
             raise
     run_log.close()  # the links hold secrets
-    _open(store, store.parents[2], interface, "the pipeline can continue")
+    _open(store, store.parents[2], interface, _THEN, OtherCommand(store.parents[2]))
     run_stage(False)
 
 
@@ -130,7 +170,13 @@ def _is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
 
 
-def _open(store: Path, run_dir: Path, interface: AnnotationInterface, afterwards: str) -> None:
+def _open(
+    store: Path,
+    run_dir: Path,
+    interface: AnnotationInterface,
+    afterwards: str,
+    sampling: BackgroundCommand | OtherCommand,
+) -> None:
     """Open the interface; raise `WaitingForLabelsError` if labels are still missing when it is closed.
 
     Args:
@@ -138,27 +184,58 @@ def _open(store: Path, run_dir: Path, interface: AnnotationInterface, afterwards
         run_dir: of the run that waits for them.
         interface: terminal or web page.
         afterwards: what to do once labeling is complete, for the person at the terminal.
+        sampling: what may be sampling meanwhile.
+
+    Raises:
+        ReportedError, ProcessDiedError: sampling in the background failed.
     """
-    from rlhf_cli.labeling.session.session import LabelSession
+    from rlhf_cli.labeling.session.types import Sampling
+    from rlhf_cli.pipeline.record import last_command
     from rlhf_cli.stages.label.human import waiting
 
+    own = None if isinstance(sampling, OtherCommand) else sampling
+    seen = Sampling(lambda: sampling.is_running, has_failed=threading.Event() if own is None else own.has_failed)
     if interface.serve:
-        from rlhf_cli.labeling.web.serving import serve
-
-        names = interface.names()
-        signum = serve(store, host=interface.host, port=interface.port, annotators=names, announce=_show_links)
-        if signum not in (None, signal.SIGINT):  # Ctrl-C is the normal way to stop the server
-            raise Interrupted(signum)
+        _serve(store, interface, seen)
     else:
         resume = f"rlhf label --run-dir {word(run_dir)}"
-        _open_terminal(store, interface.names()[0], resume_command=resume, afterwards=afterwards)
-    with closing(LabelSession(store, create=False)) as session:
-        progress = session.progress()
+        if own is not None:  # which also samples
+            resume = last_command(run_dir) or resume
+        _open_terminal(store, interface.names()[0], seen, resume_command=resume, afterwards=afterwards)
+    if own is not None:
+        if _progress(store).growth is not None:
+            own.stop()
+        own.finish()
+        own.check()
+    progress = _progress(store)
     if not progress.is_complete:
         raise waiting(progress, store, run_dir)
 
 
-def _open_terminal(store: Path, annotator: str, *, resume_command: str, afterwards: str) -> None:
+def _progress(store: Path) -> SessionProgress:
+    from rlhf_cli.labeling.session.session import LabelSession
+
+    with closing(LabelSession(store, create=False)) as session:
+        return session.progress()
+
+
+def _serve(store: Path, interface: AnnotationInterface, sampling: Sampling) -> None:
+    from rlhf_cli.labeling.web.serving import serve
+
+    signum = serve(
+        store,
+        host=interface.host,
+        port=interface.port,
+        annotators=interface.names(),
+        announce=_show_links,
+        stop=sampling.has_failed,
+        is_sampling=sampling.is_running,
+    )
+    if signum not in (None, signal.SIGINT):  # Ctrl-C is the normal way to stop the server
+        raise Interrupted(signum)
+
+
+def _open_terminal(store: Path, annotator: str, sampling: Sampling, *, resume_command: str, afterwards: str) -> None:
     from rlhf_cli.labeling.session.session import LabelSession
     from rlhf_cli.labeling.terminal import label_in_terminal
 
@@ -168,6 +245,8 @@ def _open_terminal(store: Path, annotator: str, *, resume_command: str, afterwar
             hint="run the command in a terminal, or label in a browser with `--serve`",
         )
     with closing(LabelSession(store, create=False)) as session:
-        outcome = label_in_terminal(session, annotator, resume_command=resume_command, afterwards=afterwards)
+        outcome = label_in_terminal(
+            session, annotator, resume_command=resume_command, afterwards=afterwards, sampling=sampling
+        )
     if outcome.signum not in (None, signal.SIGINT):  # Ctrl-C is a normal way to quit
         raise Interrupted(outcome.signum)

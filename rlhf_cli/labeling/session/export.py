@@ -11,7 +11,7 @@ from rlhf_cli.labeling.session.state import LabelState
 
 def labels_of_state(state: LabelState) -> list[LabelRecord]:
     """Valid labels of the plan's items and gold: by item, annotator's name and round."""
-    spot = dict(state.listed) | {item: len(state.listed) + number for number, item in enumerate(state.gold)}
+    spot = dict(state.listed) | {item: len(state.listing) + number for number, item in enumerate(state.gold)}
     given = [
         (state.assignments[number], action)
         for number, action in state.standing.items()

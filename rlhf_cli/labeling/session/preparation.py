@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rlhf_cli.data.records import Candidates, prompt_to_json
 from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.store import LabelStore
-from rlhf_cli.labeling.session.types import item_id
+from rlhf_cli.labeling.session.types import Growth, item_id
 
 Tiers = tuple[tuple[int, ...], ...]
 
@@ -75,6 +75,20 @@ def write_plan(store: LabelStore, plan: LabelPlan, listed: Sequence[PlanItem], n
         "seed": plan.seed,
     }
     number = store.insert("plans", body=json.dumps(body), guidelines=plan.guidelines_hash, at=now_ms)
-    for position, row in enumerate(listed):
+    _add_listed(store, number, listed)
+
+
+def grow_plan(
+    store: LabelStore, plan: int, before: Sequence[PlanItem], listed: Sequence[PlanItem], growth: Growth, now_ms: int
+) -> None:
+    """Add the items to a plan that are not among those `before`, and how far its completions are sampled."""
+    known = {row.item for row in before}
+    _add_listed(store, plan, [row for row in listed if row.item not in known], len(before))
+    store.add_growth(plan, growth.sampled, growth.prompts, now_ms)
+
+
+def _add_listed(store: LabelStore, plan: int, listed: Sequence[PlanItem], first: int = 0) -> None:
+    """Add items to a plan, at the positions from `first` on."""
+    for position, row in enumerate(listed, first):
         known = None if row.known is None else json.dumps(row.known)
-        store.insert("listed", plan=number, position=position, item=row.item, is_gold=int(row.is_gold), known=known)
+        store.insert("listed", plan=plan, position=position, item=row.item, is_gold=int(row.is_gold), known=known)

@@ -15,7 +15,8 @@ _ROUNDING = 1e-9
 
 def progress_of(state: LabelState, annotator: int | None) -> SessionProgress:
     """Progress of the session, and of one annotator if given."""
-    items, unresolved = len(state.listed), len(state.unresolved)
+    to_come = 0 if state.growth is None else state.growth.to_come
+    items, unresolved = len(state.listed) + to_come, len(state.unresolved) + to_come
     done, left, mine = items - unresolved, 0, []
     if annotator is not None:
         mine = state.stack[annotator]
@@ -25,11 +26,12 @@ def progress_of(state: LabelState, annotator: int | None) -> SessionProgress:
         done=done,
         set_aside=state.set_aside,
         labels=state.labels,
-        labels_left=state.labels_left,
-        is_complete=done >= state.plan.enough * items - _ROUNDING,  # 0.07 * 100 is more than 7
+        labels_left=state.labels_left + to_come * state.plan.overlap,
+        is_complete=state.growth is None and done >= state.plan.enough * items - _ROUNDING,  # 0.07 * 100 is above 7
         mine=len(mine),
         left_for_me=left,
         pace_seconds=_median_seconds(mine[-_PACE_OVER:]),
+        growth=state.growth,
     )
 
 

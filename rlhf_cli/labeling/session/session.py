@@ -25,7 +25,7 @@ from rlhf_cli.labeling.session.assignment import (
 from rlhf_cli.labeling.session.export import labels_of_state
 from rlhf_cli.labeling.session.lookups import checked_active_ms, own_assignment, receipt_of_same, scoped_key, task_of
 from rlhf_cli.labeling.session.plan import LabelPlan
-from rlhf_cli.labeling.session.preparation import list_items, write_plan
+from rlhf_cli.labeling.session.preparation import grow_plan, list_items, write_plan
 from rlhf_cli.labeling.session.progress import overview_of, progress_of
 from rlhf_cli.labeling.session.rows import Action, Assignment, DraftRow, Kind
 from rlhf_cli.labeling.session.state import LabelState
@@ -36,6 +36,7 @@ from rlhf_cli.labeling.session.types import (
     Annotator,
     AnnotatorOverview,
     Entry,
+    Growth,
     InvalidLabelError,
     LabelConflictError,
     LabelTask,
@@ -98,9 +99,37 @@ class LabelSession:
         """
         with self._db.writing() as state:
             listed = list_items(self._db.store, items, gold)
-            if not state.plan_id or (state.plan, state.listing) != (plan, listed):
+            if not state.plan_id or state.growth is not None or (state.plan, state.listing) != (plan, listed):
                 write_plan(self._db.store, plan, listed, self._db.now())
                 state.catch_up()
+
+    def begin_growth(
+        self, plan: LabelPlan, items: Sequence[Candidates], gold: Sequence[Candidates] = (), *, growth: Growth
+    ) -> None:
+        """Let people label while completions are sampled: `grow` adds items, and `prepare` ends it with all of them.
+
+        An earlier growth with the same plan goes on, if all of its items are among these.
+
+        Args:
+            plan: how to label.
+            items: those that are there, in the order of assignment.
+            gold: see `prepare`.
+            growth: how far sampling is.
+        """
+        with self._db.writing() as state:
+            listed = list_items(self._db.store, items, gold)
+            if state.growth is None or state.plan != plan or not set(state.listing) <= set(listed):
+                write_plan(self._db.store, plan, listed, self._db.now())
+                state.catch_up()  # the plan to which the growth belongs
+            grow_plan(self._db.store, state.plan_id, state.listing, listed, growth, self._db.now())
+            state.catch_up()
+
+    def grow(self, items: Sequence[Candidates], growth: Growth) -> None:
+        """Add items that were sampled, in the order of assignment; after `begin_growth`."""
+        with self._db.writing() as state:
+            listed = list_items(self._db.store, items, ())
+            grow_plan(self._db.store, state.plan_id, state.listing, listed, growth, self._db.now())
+            state.catch_up()
 
     @property
     def plan(self) -> LabelPlan:

@@ -15,7 +15,7 @@ from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.preparation import PlanItem, Tiers
 from rlhf_cli.labeling.session.rows import Action, Assignment, DraftRow, ItemCount, action_of, candidates_of
 from rlhf_cli.labeling.session.store import LabelStore
-from rlhf_cli.labeling.session.types import Annotator, Entry
+from rlhf_cli.labeling.session.types import Annotator, Entry, Growth
 
 
 class LabelState:
@@ -30,6 +30,8 @@ class LabelState:
         self.items: dict[str, Candidates] = {}
         self.listed: dict[str, int] = {}
         """Item -> position in the valid plan."""
+        self.growth: Growth | None = None
+        """How far the completions of the valid plan are sampled; None if it has all its items."""
         self.gold: list[str] = []
         self.listing: list[PlanItem] = []
         """Rows of the valid plan, in order."""
@@ -72,6 +74,10 @@ class LabelState:
         if newest is not None and newest != self.plan_id:
             self._read_plan(newest)
             self.guidelines = dict(rows("SELECT id, guidelines FROM plans"))
+        found = self._store.growth(self.plan_id)
+        self.growth = None if found is None else Growth(*found)
+        if self.growth is not None:
+            self._read_listed()
         for number, name in rows("SELECT id, name FROM annotators WHERE id > ?", (self._last["annotators"],)):
             self.annotators[number] = Annotator(number, name)
             self._last["annotators"] = number
@@ -92,31 +98,34 @@ class LabelState:
         plain = json.loads(body)
         self.plan = LabelPlan(**plain | {"criteria": tuple(plain["criteria"])}, guidelines=guidelines)
         self.plan_id = number
-        listed = rows(
-            "SELECT item, prompt, completions, known, position, is_gold FROM listed JOIN items ON id = item "
-            "WHERE plan = ? ORDER BY position",
-            (number,),
-        )
         self.listed, self.gold, self.listing, self.known = {}, [], [], {}
+        self._clear_sums()
+        self._read_listed()
+
+    def _read_listed(self) -> None:
+        """Read the items of the plan that were added since the last call; positions ascend."""
+        listed = self._store.connection.execute(
+            "SELECT item, prompt, completions, known, position, is_gold FROM listed JOIN items ON id = item "
+            "WHERE plan = ? AND position >= ? ORDER BY position",
+            (self.plan_id, len(self.listing)),
+        )
         for item, prompt, completions, known, position, is_gold in listed:
             self.items[item] = candidates_of(prompt, completions)
             tiers = None if known is None else tuple(tuple(tier) for tier in json.loads(known))
             self.listing.append(PlanItem(item, bool(is_gold), tiers))
             if not is_gold:
                 self.listed[item] = position
+                self._add(item, +1)
             else:
                 self.gold.append(item)
                 if tiers is not None:
                     self.known[item] = tiers
-        self._count_anew()
 
-    def _count_anew(self) -> None:
+    def _clear_sums(self) -> None:
         self.unresolved = {}
         self.labels = self.labels_left = self.set_aside = 0
         self.open_answered.clear()
         self.hidden.clear()
-        for item in self.listed:
-            self._add(item, +1)
 
     # Applying
 

@@ -58,6 +58,14 @@ CREATE TRIGGER one_label BEFORE INSERT ON actions WHEN NEW.kind <> 'undone' AND 
     AND NOT EXISTS (SELECT 1 FROM actions AS undo WHERE undo.undoes = given.id)
 ) BEGIN SELECT RAISE (ABORT, 'this assignment has a label'); END;
 """
+_GROWTH = """
+CREATE TABLE IF NOT EXISTS growth (
+    id INTEGER PRIMARY KEY, plan INTEGER NOT NULL REFERENCES plans (id),
+    sampled INTEGER NOT NULL, prompts INTEGER NOT NULL, at INTEGER NOT NULL
+) STRICT
+"""
+"""How far the completions of a plan are sampled, one row per step. A plan without a row has all its items from the
+beginning. The table is created when it is needed: stores without it keep their format."""
 
 
 class LabelStore:
@@ -134,12 +142,30 @@ class LabelStore:
                 self.connection.execute(statement)
                 statement = ""
         for table in _TABLES:
-            for what in ("UPDATE", "DELETE"):
-                self.connection.execute(
-                    f"CREATE TRIGGER {table}_no_{what.lower()} BEFORE {what} ON {table} "
-                    f"BEGIN SELECT RAISE (ABORT, 'rows of a label store are only added'); END"
-                )
+            self._protect(table)
         self.connection.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
+
+    def _protect(self, table: str) -> None:
+        """Refuse updates and deletions."""
+        for what in ("UPDATE", "DELETE"):
+            self.connection.execute(
+                f"CREATE TRIGGER IF NOT EXISTS {table}_no_{what.lower()} BEFORE {what} ON {table} "
+                f"BEGIN SELECT RAISE (ABORT, 'rows of a label store are only added'); END"
+            )
+
+    def add_growth(self, plan: int, sampled: int, prompts: int, at: int) -> None:
+        """Add how far the completions of a plan are sampled."""
+        self.connection.execute(_GROWTH)
+        self._protect("growth")
+        self.insert("growth", plan=plan, sampled=sampled, prompts=prompts, at=at)
+
+    def growth(self, plan: int) -> tuple[int, int] | None:
+        """How many prompts of a plan are sampled, and of how many; None if it has all its items."""
+        found = self.connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'growth'")
+        if found.fetchone() is None:
+            return None
+        newest = "SELECT sampled, prompts FROM growth WHERE plan = ? ORDER BY id DESC LIMIT 1"
+        return self.connection.execute(newest, (plan,)).fetchone()
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -153,8 +154,42 @@ class Receipt:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """How far the completions are that are being sampled while people label.
+
+    Attributes:
+        sampled: prompts whose completions are sampled, including those that are skipped because these are all equal.
+        prompts: total.
+    """
+
+    sampled: int
+    prompts: int
+
+    @property
+    def to_come(self) -> int:
+        """Prompts whose completions are not sampled yet."""
+        return self.prompts - self.sampled
+
+    def __str__(self) -> str:
+        return f"{self.sampled:,} of {self.prompts:,} prompts sampled"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What samples completions while people label.
+
+    Attributes:
+        is_running: whether it is at work.
+        has_failed: set when it ended with an error; the interface then closes, and the error is shown.
+    """
+
+    is_running: Callable[[], bool]
+    has_failed: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
 class SessionProgress:
-    """Progress of the session, and of one annotator.
+    """Progress of the session, and of one annotator. Items to come count as items that are not done.
 
     Attributes:
         items: total.
@@ -166,6 +201,7 @@ class SessionProgress:
         mine: tasks this annotator has finished, including skips, flags, hidden repeats and gold.
         left_for_me: tasks this annotator may still receive, including hidden repeats and gold.
         pace_seconds: median active time of this annotator's latest labels; None before the first.
+        growth: how far sampling is; None if all items are there.
     """
 
     items: int
@@ -177,6 +213,7 @@ class SessionProgress:
     mine: int = 0
     left_for_me: int = 0
     pace_seconds: float | None = None
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True)

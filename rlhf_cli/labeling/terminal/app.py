@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, SessionProgress
+from rlhf_cli.labeling.session.types import Entry, Sampling, SessionProgress
 from rlhf_cli.labeling.terminal.controller import Controller, VisitCounts
 from rlhf_cli.labeling.terminal.drawing import draw, scroll_area
 from rlhf_cli.labeling.terminal.tty import Ended, Resized, Suspended, Terminal, check_terminal, opened
@@ -18,12 +18,15 @@ _SLOW = 0.5
 """If an action takes longer, keys pressed meanwhile are discarded: they were meant for the previous screen."""
 
 
+End = Literal["quit", "nothing left", "signal", "sampling failed"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Result of a visit.
 
     Attributes:
-        end: the annotator quit, nothing was left, or a signal (including a closed window) ended it.
+        end: the annotator quit, nothing was left, a signal (including a closed window) ended it, or sampling failed.
         counts: labels given.
         progress: afterwards.
         has_draft: the open task has an entry.
@@ -31,7 +34,7 @@ class Outcome:
         signum: of `signal`; None otherwise.
     """
 
-    end: Literal["quit", "nothing left", "signal"]
+    end: End
     counts: VisitCounts
     progress: SessionProgress
     has_draft: bool
@@ -39,7 +42,14 @@ class Outcome:
     signum: int | None = None
 
 
-def label_in_terminal(session: LabelSession, annotator: str, *, resume_command: str = "", afterwards: str) -> Outcome:
+def label_in_terminal(
+    session: LabelSession,
+    annotator: str,
+    *,
+    resume_command: str = "",
+    afterwards: str,
+    sampling: Sampling | None = None,
+) -> Outcome:
     """Let one annotator label in the terminal until they quit, nothing is left, or a signal arrives.
 
     Prints a summary on stderr at the end. For the main thread only, which receives signals: SIGINT, SIGTERM, SIGHUP,
@@ -51,6 +61,7 @@ def label_in_terminal(session: LabelSession, annotator: str, *, resume_command: 
         resume_command: printed if a signal ends the visit. After a normal quit the caller says how to resume, since it
             knows whether the pipeline waits.
         afterwards: what to do once labeling is complete.
+        sampling: what may be sampling meanwhile; if it fails, the visit ends.
 
     Raises:
         UsageError: the terminal cannot be used.
@@ -59,18 +70,17 @@ def label_in_terminal(session: LabelSession, annotator: str, *, resume_command: 
     """
     check_terminal()
     person = session.annotator(annotator)
-    controller = Controller(session, person)
+    controller = Controller(session, person, sampling=sampling)
     controller.begin()
-    end: Literal["quit", "nothing left", "signal"] = "nothing left"
     signum = None
-    if controller.state.view != "end":
+    if controller.state.view != "end" or controller.state.is_waiting:
         with opened() as terminal:
             try:
                 signum = run(controller, terminal)
             except BaseException:
                 controller.keep()
                 raise
-        end = "signal" if signum is not None else "nothing left" if controller.state.task is None else "quit"
+    end = _end(controller, signum)
     entered = controller.state.task is not None and controller.state.entry != Entry()
     outcome = Outcome(end, controller.counts, session.progress(person.id), entered, controller.is_draft_kept, signum)
     if signum != signal.SIGHUP:  # otherwise nobody can read it
@@ -79,9 +89,17 @@ def label_in_terminal(session: LabelSession, annotator: str, *, resume_command: 
     return outcome
 
 
+def _end(controller: Controller, signum: int | None) -> End:
+    if signum is not None:
+        return "signal"
+    if controller.has_failed:
+        return "sampling failed"
+    return "quit" if controller.state.task is not None or controller.state.is_waiting else "nothing left"
+
+
 def run(controller: Controller, terminal: Terminal) -> int | None:
     """Draw, wait for events and handle them until the end; returns the signal that ended the loop, if any."""
-    while True:
+    while not controller.has_failed:
         width, height = terminal.size()
         terminal.draw(draw(controller.state, width, height))
         for event in terminal.events(controller.wait):
@@ -109,6 +127,8 @@ def run(controller: Controller, terminal: Terminal) -> int | None:
                 terminal.forget_keys()
                 break
         controller.tick()
+    controller.keep()
+    return None
 
 
 def closing_lines(outcome: Outcome, resume_command: str, afterwards: str) -> list[str]:
@@ -127,7 +147,9 @@ def closing_lines(outcome: Outcome, resume_command: str, afterwards: str) -> lis
         lines.append("the open task is saved as a draft")
     if progress.left_for_me:
         lines.append(f"left: {progress.left_for_me:,} for you")
-        if outcome.end == "nothing left":
+        if progress.growth is not None:
+            lines.append(str(progress.growth))
+        elif outcome.end == "nothing left":
             lines.append(
                 "others are working on these; a task becomes available 30 minutes after its annotator was last active"
             )

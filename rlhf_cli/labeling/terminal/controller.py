@@ -18,6 +18,7 @@ from rlhf_cli.labeling.session.types import (
     LabelConflictError,
     LabelTask,
     PlanChangedError,
+    Sampling,
     UnknownTaskError,
 )
 from rlhf_cli.labeling.terminal.key_bindings import step
@@ -40,6 +41,9 @@ DRAFT_SECONDS = 2.0
 RETRY_SECONDS = 30.0
 """Seconds until a failed draft is saved again; a locked store would block the keyboard each time."""
 
+LOOK_SECONDS = 1.0
+"""Interval between two looks for new completions, in seconds."""
+
 PLAN_CHANGED = "the instructions have changed"
 
 
@@ -61,12 +65,19 @@ class Controller:
         session: may be shared with other interfaces.
         annotator: who labels.
         clock: monotonic seconds.
+        sampling: what may be sampling meanwhile; None if nothing is.
     """
 
     def __init__(
-        self, session: LabelSession, annotator: Annotator, clock: Callable[[], float] = time.monotonic
+        self,
+        session: LabelSession,
+        annotator: Annotator,
+        clock: Callable[[], float] = time.monotonic,
+        sampling: Sampling | None = None,
     ) -> None:
         self._session, self._who, self._clock = session, annotator.id, clock
+        self._sampling = sampling or Sampling(lambda: False)
+        self._look = clock()
         self.state = State(session.plan, annotator.name, view="end")
         self.counts = VisitCounts()
         self.is_draft_kept = True
@@ -104,16 +115,39 @@ class Controller:
     @property
     def wait(self) -> float | None:
         """Seconds until `tick` has something to do; None if nothing."""
-        if not self._has_changed:
-            return None
-        return max(0.0, self._due - self._clock())
+        due = [self._due] if self._has_changed else []
+        if self.state.progress.growth is not None:
+            due.append(self._look)
+        return max(0.0, min(due) - self._clock()) if due else None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether sampling ended with an error, so that the visit ends."""
+        return self._sampling.has_failed.is_set()
 
     def tick(self) -> None:
-        """Save the draft if it is due."""
+        """Save the draft if it is due, and look for new completions."""
+        if self.state.progress.growth is not None and self._clock() >= self._look:
+            self._look_for_more()
         if self._has_changed and self._clock() >= self._due:
             error = self._keep()
             if error is not None:
                 self.state = warned(self.state, f"the draft is not saved yet: {error.message}")
+
+    def _look_for_more(self) -> None:
+        before = self.state.progress
+        try:
+            self._see_progress()
+        except RLHFError as error:
+            self.state = warned(self.state, f"the progress of sampling cannot be read: {error.message}")
+        if self.state.view == "end" and self.state.progress != before:
+            self._do(Effect("next"))
+
+    def _see_progress(self) -> None:
+        self._look = self._clock() + LOOK_SECONDS
+        is_running = self._sampling.is_running()  # before the progress: what it sampled last is in there
+        progress = self._session.progress(self._who)
+        self.state = replace(self.state, progress=progress, is_sampling=is_running)
 
     def keep(self) -> RLHFError | None:
         """Save the draft and the active time now; returns the error, if any."""
@@ -212,9 +246,8 @@ class Controller:
         before = self.state.plan
         if task is not None and task.plan != before.display_hash:
             self.state = replace(self.state, plan=self._session.plan)
-        progress = self._session.progress(self._who)
-        hint, style = self.state.hint, self.state.hint_style
-        self.state = with_task(replace(self.state, progress=progress), task, hint, style)
+        self._see_progress()
+        self.state = with_task(self.state, task, self.state.hint, self.state.hint_style)
         if self.state.plan != before:
             self._say_changed(before)
         self._kept, self._due = self.state.entry, self._clock() + DRAFT_SECONDS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.labeling.terminal.guide import guide_rows
 from rlhf_cli.labeling.terminal.layout import GUTTER, Document, document
-from rlhf_cli.labeling.terminal.panels import ending_rows, footer, header
+from rlhf_cli.labeling.terminal.panels import ending_rows, footer, header, sampling_note
 from rlhf_cli.labeling.terminal.state import ScrollArea, State
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, width_of
 
@@ -47,7 +47,7 @@ def draw(state: State, width: int, height: int) -> Screen:
     bottom, cursor = footer(state, width, _space(height))
     laid_out = _laid_out(state, width, height)
     if laid_out is None:
-        rows = [header(state, width), _rule(width), *ending_rows(state, width)]
+        rows = [header(state, width), _rule(width, right=sampling_note(state)), *ending_rows(state, width)]
         rows = rows[: height - len(bottom)]
         rows += [()] * (height - len(bottom) - len(rows))
     else:
@@ -55,8 +55,9 @@ def draw(state: State, width: int, height: int) -> Screen:
         top = max(0, min(state.top, len(laid_out.rows) - page))
         rows = [header(state, width)]
         if laid_out.pinned:
-            rows += [_rule(width, left="prompt"), *((Piece(" "), *row) for row in laid_out.pinned)]
-        rows.append(_top_rule(laid_out, top, width))
+            note = sampling_note(state)
+            rows += [_rule(width, left="prompt", right=note), *((Piece(" "), *row) for row in laid_out.pinned)]
+        rows.append(_top_rule(laid_out, top, width, "" if laid_out.pinned else sampling_note(state)))
         rows += _body(state, laid_out, top, page)
         below = len(laid_out.rows) - top - page
         rows.append(_rule(width, right=f"▼ {_lines(below, 'more ')}" if below > 0 else ""))
@@ -131,10 +132,10 @@ def _positions(state: State) -> dict[int, str]:
     return positions
 
 
-def _top_rule(laid_out: Document, top: int, width: int) -> Row:
-    """Rule that says how much is above, and which completions continue in the first row."""
+def _top_rule(laid_out: Document, top: int, width: int, note: str) -> Row:
+    """Rule that says how much is above, and which completions continue in the first row; at the top, a note."""
     if top == 0:
-        return _rule(width, left="" if laid_out.pinned else "prompt")
+        return _rule(width, left="" if laid_out.pinned else "prompt", right=note)
     going_on = [cell.completion for cell in laid_out.rows[top] if cell.completion is not None and cell.line > 0]
     names = ", ".join(COMPLETION_LETTERS[completion] for completion in going_on)
     return _rule(width, left=f"{names}, continued" if names else "", right=f"▲ {_lines(top)} above")

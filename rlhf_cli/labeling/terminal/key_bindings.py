@@ -43,6 +43,8 @@ def step(state: State, key: Key, scroll_area: ScrollArea) -> tuple[State, Effect
     if letter and letter in "qsfun?":
         return _command(state, letter)
     if state.view == "end":
+        if key.name == "enter" and state.is_waiting:  # pressed once more after the last label
+            return hinted(state, "the next task appears by itself; q quits"), None
         return (state, Effect("quit")) if key.name == "enter" else (unknown(state, key), None)
     if key.name == "enter":
         return _entered(state)

@@ -51,12 +51,24 @@ def roughly(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else format_duration(minutes * 60)
 
 
+def sampling_note(state: State) -> str:
+    """How far the completions are that are being sampled; empty if all are there."""
+    growth = state.progress.growth
+    if growth is None:
+        return ""
+    return str(growth) if state.is_sampling else f"sampling stopped at {growth.sampled:,} of {growth.prompts:,}"
+
+
 def ending_rows(state: State, width: int) -> list[Row]:
     """Rows shown without a task."""
     if state.view == "failure":
         return []
     progress = state.progress
-    if progress.left_for_me > 0:
+    if state.is_waiting:
+        say = "All that is ready is labeled. The next task appears here by itself."
+    elif progress.growth is not None:
+        say = "All that is ready is labeled, and nothing samples the other completions."
+    elif progress.left_for_me > 0:
         say = f"Nothing for you right now: others are working on the rest ({progress.left_for_me:,}). Come back later."
     elif progress.labels_left:
         say = "You have labeled everything assigned to you. Others are still working."
@@ -64,6 +76,8 @@ def ending_rows(state: State, width: int) -> list[Row]:
         say = "Labeling is complete. Thank you."
     rows: list[Row] = [(), *((Piece("  "), *row) for row in wrap(say, width - 4, "bold")), ()]
     last = "Enter quits. u undoes your last label, if you want to change it."
+    if state.is_waiting:
+        last = f"{progress.growth}. q quits, u undoes your last label."
     return rows + [(Piece("  "), *row) for row in wrap(last, width - 4)]
 
 
@@ -196,7 +210,7 @@ def _failure(state: State, width: int) -> list[Row]:
 def _what_next(state: State) -> str:
     """Default hint: what to do next."""
     if state.view == "end":
-        return "no task is open"
+        return "waiting for completions" if state.is_waiting else "no task is open"
     if state.view == "note":
         return "Enter saves the note, Esc discards changes"
     if state.view == "flag":
@@ -231,7 +245,7 @@ def _keys(state: State, width: int) -> Row:
         keys = (("Enter", "try again"), *((("Esc", "back"),) if state.task is not None else ()), ("q", quits))
         last = ()
     elif state.view == "end":
-        keys = (("Enter", "quit"), ("u", "undo"))
+        keys = (*(() if state.is_waiting else (("Enter", "quit"),)), ("u", "undo"))
     elif state.view in ("note", "flag"):
         keys, last = (("Enter", "done"), ("Esc", "cancel"), ("Ctrl-C", "quit")), ()
     elif state.view == "marks":

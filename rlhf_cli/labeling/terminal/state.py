@@ -86,6 +86,7 @@ class State:
         hint: one line about what happened or is missing; cleared by the next key.
         hint_style: style of the hint.
         failure: shown in the view `failure`.
+        is_sampling: whether completions are being sampled, if the progress says that some are to come.
     """
 
     plan: LabelPlan
@@ -106,6 +107,12 @@ class State:
     hint: str = ""
     hint_style: Literal["dim", "warn", "good"] = "dim"
     failure: Failure | None = None
+    is_sampling: bool = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is no task now, and a new one appears by itself."""
+        return self.task is None and self.progress.growth is not None and self.is_sampling
 
     @property
     def count(self) -> int:
@@ -156,7 +163,7 @@ def with_task(
     fresh = State(
         state.plan, state.name, state.progress, task,
         tiers=draft.tiers, strength=draft.strength, marks=marks, note=draft.note,
-        view="rank" if task is not None else "end", hint=hint, hint_style=style,
+        view="rank" if task is not None else "end", hint=hint, hint_style=style, is_sampling=state.is_sampling,
     )  # fmt: skip
     return fresh if fresh.asks_strength else replace(fresh, strength=None)
 

@@ -50,16 +50,25 @@ class LabelApp:
         tokens: access tokens of the store.
         address: of the server, such as `http://127.0.0.1:8100`.
         on_complete: called once, when enough is labeled for the pipeline to continue.
+        is_sampling: whether completions are being sampled, if the session says that some are to come.
     """
 
     def __init__(
-        self, writer: Writer, admin: AdminSnapshots, tokens: Tokens, *, address: str, on_complete: Callable[[], None]
+        self,
+        writer: Writer,
+        admin: AdminSnapshots,
+        tokens: Tokens,
+        *,
+        address: str,
+        on_complete: Callable[[], None],
+        is_sampling: Callable[[], bool] = lambda: False,
     ) -> None:
         self._writer = writer
         self._admin = admin
         self._tokens = tokens
         self._address = address
         self._on_complete = on_complete
+        self._is_sampling = is_sampling
         self._is_complete = False
         self._annotators: dict[int, Annotator] = {}
 
@@ -117,7 +126,7 @@ class LabelApp:
                 "set_aside_after": plan.set_aside_after,
                 "max_note": MAX_NOTE,
                 "max_reason": MAX_REASON,
-                **_now(session, who),
+                **self._now(session, who),
             }
 
         return JSONResponse(await self._writer.run(details))
@@ -125,7 +134,7 @@ class LabelApp:
     async def _next(self, request: Request) -> Response:
         who = await self._who(request)
         await read_object(request, {})
-        return JSONResponse(await self._writer.run(lambda session: _now(session, who)))
+        return JSONResponse(await self._writer.run(lambda session: self._now(session, who)))
 
     async def _draft(self, request: Request) -> Response:
         who = await self._who(request)
@@ -155,7 +164,7 @@ class LabelApp:
         """Store a label and return the receipt with the next task: one round trip per label."""
 
         def store(session: LabelSession) -> dict[str, Any]:
-            return {"receipt": asdict(give(session)), **_now(session, who)}
+            return {"receipt": asdict(give(session)), **self._now(session, who)}
 
         stored = await self._writer.run(store)
         if stored["progress"]["is_complete"] and not self._is_complete:
@@ -168,9 +177,18 @@ class LabelApp:
         key = (await read_object(request, {"key": str}))["key"]
 
         def undone(session: LabelSession) -> dict[str, Any]:
-            return {"undone": session.undo(who.id, key=key) is not None, **_now(session, who)}
+            return {"undone": session.undo(who.id, key=key) is not None, **self._now(session, who)}
 
         return JSONResponse(await self._writer.run(undone))
+
+    def _now(self, session: LabelSession, who: Annotator) -> dict[str, Any]:
+        """The annotator's next task and the progress; the task comes first, since it may be assigned just now."""
+        task, progress = session.next(who.id), session.progress(who.id)
+        return {
+            "task": None if task is None else _task_to_json(task),
+            "progress": asdict(progress),
+            "is_sampling": progress.growth is not None and self._is_sampling(),
+        }
 
     # Administration
 
@@ -223,12 +241,6 @@ class LabelApp:
 def _token(request: Request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token if scheme.lower() == "bearer" else ""
-
-
-def _now(session: LabelSession, who: Annotator) -> dict[str, Any]:
-    """The annotator's next task and the progress; the task comes first, since it may be assigned just now."""
-    task = session.next(who.id)
-    return {"task": None if task is None else _task_to_json(task), "progress": asdict(session.progress(who.id))}
 
 
 def _task_to_json(task: LabelTask) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def serve(
     annotators: Sequence[str] = (),
     announce: Callable[[ServerLinks], None],
     stop: threading.Event | None = None,
+    is_sampling: Callable[[], bool] = lambda: False,
 ) -> int | None:
     """Serve a prepared store until SIGINT or SIGTERM arrives or `stop` is set.
 
@@ -35,6 +36,7 @@ def serve(
         annotators: names that get a link, in addition to the existing annotators.
         announce: called with the links when the server listens.
         stop: another way to stop the server, for use in a thread (only the main thread receives signals).
+        is_sampling: whether completions are being sampled, if the session says that some are to come.
 
     Returns:
         The signal that stopped it; None if `stop` did.
@@ -59,7 +61,7 @@ def serve(
         raise
     address = address_of(host, listener)
     writer, admin = Writer(session), AdminSnapshots(store)
-    app = LabelApp(writer, admin, tokens, address=address, on_complete=_say_complete)
+    app = LabelApp(writer, admin, tokens, address=address, on_complete=_say_complete, is_sampling=is_sampling)
 
     async def run() -> int | None:
         links = await app.begin(list(annotators))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.data.records import Candidates, Ranking
+from rlhf_cli.distributed.worker import hand_over, is_handed_over
 from rlhf_cli.errors import WaitingForLabelsError
 from rlhf_cli.labeling.aggregation import aggregate, check_installed
 from rlhf_cli.labeling.label_records import write_labels
@@ -54,10 +55,11 @@ def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanL
         session.prepare(
             label_plan(context.settings, context.recipe.seed, source_of(context.inputs.guidelines)),
             candidates,
-            _gold(context),
+            gold_items(context),
         )
         progress = session.progress()
-        if not progress.is_complete:
+        if not progress.is_complete or is_handed_over():
+            hand_over(store=str(context.kept / STORE))
             raise waiting(progress, context.kept / STORE, context.output.parent)
         labels, overview = session.labels(), session.overview()
     finally:
@@ -109,7 +111,8 @@ def label_plan(label: LabelSettings, seed: int, guidelines: str | None) -> Label
     )
 
 
-def _gold(context: LabelContext) -> list[Candidates]:
+def gold_items(context: LabelContext) -> list[Candidates]:
+    """Read the completions of `label.human.gold`, whose right order is known."""
     source = source_of(context.inputs.gold)
     if source is None:
         return []
@@ -127,6 +130,13 @@ def _gold(context: LabelContext) -> list[Candidates]:
 
 def waiting(progress: SessionProgress, store: Path, run_dir: Path) -> WaitingForLabelsError:
     """The error that says how many labels are missing."""
+    if progress.growth is not None:
+        return WaitingForLabelsError(
+            f"the pipeline waits for labels: {progress.done - progress.set_aside:,} of {progress.items:,} prompts are "
+            f"labeled, {progress.growth}",
+            store=str(store),
+            hint="repeat the command that started this run: it samples the other completions, and labeling goes on",
+        )
     aside = f", {progress.set_aside:,} set aside" if progress.set_aside else ""
     share = math.floor(100 * progress.done / progress.items) / 100  # rounded down: it is reached
     fewer = (

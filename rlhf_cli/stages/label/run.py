@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ from rlhf_cli.training.monitoring.timing_log import Work, timing_row
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
+    from rlhf_cli.stages.completions import Receive
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
@@ -57,7 +59,7 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
         return _import(context) if is_main() else StageOutcome()
     context = decide_precision(context)
     if settings.samples:
-        sampled = sample_completions(context, settings, generator)
+        sampled = sample_completions(context, settings, generator, _session_for(context, settings))
     else:
         sampled = given_completions(context, settings)
     if settings.active_learning is not None:
@@ -67,6 +69,17 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
     if settings.by in ("human", "judge"):
         return _compared(context, settings, sampled)
     return _scored(context, settings, sampled)
+
+
+def _session_for(
+    context: LabelContext, settings: LabelSettings
+) -> Callable[[Sequence[Prompt]], AbstractContextManager[Receive]] | None:
+    """Return what opens a session for annotators while completions are sampled; None if they have to wait for all."""
+    if not settings.samples_for_people:
+        return None
+    from rlhf_cli.stages.label.growing_session import growing_session
+
+    return partial(growing_session, context)
 
 
 def _scored(context: LabelContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Candidates, Prompt, references_of
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator
 from rlhf_cli.generation.prompts import PromptStyle
@@ -16,7 +18,7 @@ from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, write_contract
-from rlhf_cli.stages.completions import columns_of_drawn, draw_completions
+from rlhf_cli.stages.completions import Receive, columns_of_drawn, draw_completions
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
@@ -85,13 +87,19 @@ def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled
     return Sampled(loaded.records, [], loaded.skips, ProcessGroup(device), references_of(loaded.records))
 
 
-def sample_completions(context: LabelContext, settings: LabelSettings, generator: Generator | None = None) -> Sampled:
+def sample_completions(
+    context: LabelContext,
+    settings: LabelSettings,
+    generator: Generator | None = None,
+    open_session: Callable[[Sequence[Prompt]], AbstractContextManager[Receive]] | None = None,
+) -> Sampled:
     """Sample K completions per prompt, held-out prompts too: `train-rm` measures its accuracy on their rankings.
 
     Args:
         context: of the stage.
         settings: its section.
         generator: draws them; None is that of `generation.engine`.
+        open_session: what receives the completions of these prompts while others are sampled.
     """
     path, per_prompt = present(context.inputs.policy), settings.completions_per_prompt
     sampling = stage_sampling(context, settings.sampling, path)
@@ -101,9 +109,13 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     processes = ProcessGroup(policy.source.device)
     draws = choose_generator(context, [policy], generator)
     watch = StepWatch(policy.source.device)
-    completions, tokens = draw_completions(
-        context, policy, prompts, per_prompt, generator=draws, processes=processes, watch=watch
-    )
+    # With several processes the completions of the others reach this one at the end of sampling.
+    session = nullcontext() if open_session is None or world_size() > 1 else open_session(prompts.prompts)
+    with session as receive:
+        completions, tokens = draw_completions(
+            context, policy, prompts, per_prompt, generator=draws, processes=processes, watch=watch,
+            is_early=open_session is not None, receive=receive,
+        )  # fmt: skip
     if processes.is_main:
         write_contract(context, path, style, sampling.settings(), ())
     candidates = [

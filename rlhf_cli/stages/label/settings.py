@@ -144,6 +144,11 @@ class LabelSettings(StageSection):
         return self.by != "import" and self.items is None
 
     @property
+    def samples_for_people(self) -> bool:
+        """Whether annotators can label the first completions while others are sampled."""
+        return self.by == "human" and self.samples and self.active_learning is None  # which selects among all of them
+
+    @property
     def loads_model(self) -> bool:
         """Whether this process loads any model."""
         judges = self.judge is not None and any(judge.model is not None for judge in self.judge.panel)

@@ -10,7 +10,7 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DiskError, RLHFError, UsageError
 from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry
+from rlhf_cli.labeling.session.types import Entry, Growth, Sampling
 from rlhf_cli.labeling.terminal.app import run
 from rlhf_cli.labeling.terminal.controller import Controller
 from rlhf_cli.labeling.terminal.drawing import Screen
@@ -391,3 +391,117 @@ def test_marks_that_nobody_asks_for_any_more_hold_nothing_up(session, clock):
     press(controller, "\r")
     (label,) = session.labels()
     assert [label.marks["kind"][index] for index in label.shown] == [1, 3, 5]
+
+
+# While completions are sampled
+
+
+@pytest.fixture
+def growing(tmp_path: Path, clock):
+    """A session with one of three items, and what its interface knows of the sampling."""
+    session = LabelSession(tmp_path / "growing.db", clock=clock)
+    session.begin_growth(LabelPlan(), item(0), growth=Growth(1, 3))
+    clock.now += 1000
+    yield session
+    session.close()
+
+
+def item(number: int) -> list[Candidates]:
+    return [Candidates(f"Question {number}?", (f"{number} x", f"{number} y"))]
+
+
+def at_work(session, clock, *, is_running: bool = True) -> Controller:
+    sampling = Sampling(lambda: is_running)
+    controller = Controller(session, session.annotator("Maria"), clock, sampling)
+    controller.begin()
+    return controller
+
+
+def look(controller: Controller, clock) -> None:
+    clock.now += controller.wait or 0.0
+    controller.tick()
+
+
+def test_who_has_labeled_all_that_is_ready_waits_and_goes_on(growing, clock):
+    controller = at_work(growing, clock)
+    press(controller, "ab")
+    controller.pressed(Key("enter"), EXTENT)
+    assert controller.state.is_waiting
+    assert press(controller, "\r") is None, "Enter, pressed once too often, does not quit"
+    assert 0 < (controller.wait or 0) <= 1, "it looks again by itself"
+    look(controller, clock)
+    assert controller.state.is_waiting
+    growing.grow(item(1), Growth(2, 3))
+    look(controller, clock)
+    assert controller.state.task.prompt == "Question 1?"
+    assert controller.state.progress.growth == Growth(2, 3)
+    assert (controller.state.progress.mine, controller.state.progress.left_for_me) == (1, 2)
+
+
+def test_progress_of_sampling_is_shown_beside_an_entry_that_stays(growing, clock):
+    controller = at_work(growing, clock)
+    press(controller, "b")
+    growing.grow(item(1), Growth(2, 3))
+    look(controller, clock)
+    assert controller.state.tiers == ((1,),)
+    assert controller.state.progress.growth == Growth(2, 3)
+    growing.prepare(LabelPlan(), item(0) + item(1) + item(2))
+    look(controller, clock)
+    assert controller.state.progress.growth is None
+    assert controller.state.tiers == ((1,),)
+    clock.now += 10
+    controller.tick()
+    assert controller.wait is None, "nothing to look for any more"
+
+
+def test_a_session_opens_before_anything_is_ready_and_the_first_task_appears(tmp_path, clock):
+    session = LabelSession(tmp_path / "empty.db", clock=clock)
+    session.begin_growth(LabelPlan(), [], growth=Growth(1, 2))
+    controller = at_work(session, clock)
+    assert controller.state.is_waiting
+    session.grow(item(1), Growth(2, 2))
+    look(controller, clock)
+    assert controller.state.task.prompt == "Question 1?"
+    session.close()
+
+
+def test_nobody_waits_for_sampling_that_has_stopped(growing, clock):
+    controller = at_work(growing, clock, is_running=False)
+    press(controller, "ab")
+    controller.pressed(Key("enter"), EXTENT)
+    assert controller.state.view == "end"
+    assert not controller.state.is_waiting
+    done = controller.pressed(Key("enter"), EXTENT)
+    assert done is not None
+    assert done.kind == "quit"
+
+
+def test_the_loop_ends_and_keeps_the_draft_when_sampling_fails(growing, clock):
+    sampling = Sampling(lambda: True)
+    controller = Controller(growing, growing.annotator("Maria"), clock, sampling)
+    controller.begin()
+
+    class Failing(Scripted):
+        def events(self, timeout):
+            assert timeout is not None, "it would wait for a key, and never see the failure"
+            sampling.has_failed.set()
+            return super().events(timeout)
+
+    assert run(controller, Failing(Key("text", "b"))) is None
+    assert controller.has_failed
+    assert growing.task(1, 1).draft == Entry(((1,),))
+
+
+def test_a_store_that_cannot_be_read_is_reported_and_the_entry_stays(growing, clock):
+    failing = Failing(growing)
+    controller = at_work(failing, clock)
+    press(controller, "b")
+    failing.fails["progress"] = DiskError("the disk fails")
+    look(controller, clock)
+    assert "the disk fails" in controller.state.hint
+    assert controller.state.tiers == ((1,),)
+    del failing.fails["progress"]
+    growing.grow(item(1), Growth(2, 3))
+    clock.now += 2
+    controller.tick()
+    assert controller.state.progress.growth == Growth(2, 3)

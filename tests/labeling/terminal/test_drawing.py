@@ -14,7 +14,7 @@ from rich.cells import cell_len
 
 from rlhf_cli.data.records import Message
 from rlhf_cli.labeling.session.plan import LabelPlan
-from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, Entry, LabelTask, SessionProgress
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, Entry, Growth, LabelTask, SessionProgress
 from rlhf_cli.labeling.terminal.app import Outcome, closing_lines
 from rlhf_cli.labeling.terminal.controller import VisitCounts
 from rlhf_cli.labeling.terminal.drawing import Screen, draw, scroll_area
@@ -313,6 +313,10 @@ def test_the_screens_of_the_documentation_are_what_is_drawn():
     state = replace(state, view="marks", cell=(1, 0), progress=start)
     assert documented()[1] == shown(state, 104, 20)
 
+    growing = SessionProgress(30, 1, 0, 1, 29, False, mine=1, left_for_me=29, pace_seconds=14.2, growth=Growth(1, 30))
+    waiting = with_task(State(LabelPlan(), "Maria", growing, is_sampling=True), None, "kept; u undoes it")
+    assert documented()[2] == shown(waiting, 80, 13)
+
 
 @pytest.mark.parametrize(
     ("after", "says"),
@@ -322,3 +326,32 @@ def test_the_help_says_what_a_skip_means_under_this_plan(after, says):
     rows = guide_rows(LabelPlan(set_aside_after=after), 100)
     (skip,) = [row for row in rows if row and row[0].text.strip() == "s"]
     assert "".join(piece.text for piece in skip[1:]) == says
+
+
+GROWING = replace(PROGRESS, growth=Growth(12, 30))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (40, 12)])
+def test_how_many_prompts_are_sampled_is_shown_above_the_prompt(width, height):
+    state = replace(at_task("yes", "no"), progress=GROWING, is_sampling=True)
+    assert "12 of 30 prompts sampled" not in shown(at_task("yes", "no"), width, height)
+    said = "12 of 30 prompts sampled" if width >= 80 else "12 of 30"
+    assert said in shown(state, width, height).splitlines()[1]
+    assert "sampling stopped" in shown(replace(state, is_sampling=False), width, height) or width < 80
+
+
+def test_without_a_task_the_screen_says_what_is_waited_for():
+    waiting = replace(with_task(replace(at_task("yes", "no"), progress=GROWING, is_sampling=True), None), hint="")
+    text = shown(waiting)
+    assert "  All that is ready is labeled. The next task appears here by itself.\n" in text
+    assert "  12 of 30 prompts sampled. q quits, u undoes your last label.\n" in text
+    assert "Enter quit" not in text
+    stopped = shown(replace(waiting, is_sampling=False))
+    assert "nothing samples the other completions" in stopped
+    assert "sampling stopped at 12 of 30" in stopped
+    assert "Enter quits" in stopped
+
+
+def test_who_leaves_while_completions_are_sampled_reads_how_far_that_is():
+    lines = closing_lines(Outcome("quit", VisitCounts(1), GROWING, False, True), "", "now train")
+    assert lines[-2:] == ["left: 29 for you", "12 of 30 prompts sampled"]

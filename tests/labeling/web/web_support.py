@@ -6,7 +6,7 @@ import argparse
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ def make_store(path: Path, items: list[Candidates], plan: LabelPlan | None = Non
 
 
 @contextmanager
-def served(store: Path, annotators: list[str], *, port: int = 0) -> Iterator[ServerLinks]:
+def served(
+    store: Path, annotators: list[str], *, port: int = 0, is_sampling: Callable[[], bool] = lambda: False
+) -> Iterator[ServerLinks]:
     """A server in a thread of this process."""
     ready, stop, told = threading.Event(), threading.Event(), []
     failures: list[BaseException] = []
@@ -46,7 +48,7 @@ def served(store: Path, annotators: list[str], *, port: int = 0) -> Iterator[Ser
 
     def work() -> None:
         try:
-            serve(store, port=port, annotators=annotators, announce=announce, stop=stop)
+            serve(store, port=port, annotators=annotators, announce=announce, stop=stop, is_sampling=is_sampling)
         except BaseException as error:
             failures.append(error)
             ready.set()

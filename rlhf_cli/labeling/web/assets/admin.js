@@ -28,12 +28,13 @@ function statistic(title, value, detail = "") {
 const percent = (share) => `${(100 * share).toFixed(0)} %`;
 
 function show(now) {
-  const { items, done, set_aside: aside, labels, labels_left: left, is_complete: isComplete } = now.progress;
+  const { items, done, set_aside: aside, labels, labels_left: left, is_complete: isComplete, growth } = now.progress;
   $("progress").max = Math.max(items, 1);
   $("progress").value = done;
   const { labels_per_hour: pace, seconds_left: time } = now;
   const people = now.annotators.length;
-  $("live").textContent = isComplete ? "enough prompts are labeled: the pipeline can continue" : "live";
+  const live = growth ? `live, ${growth.sampled} of ${growth.prompts} prompts sampled` : "live";
+  $("live").textContent = isComplete ? "enough prompts are labeled: the pipeline can continue" : live;
   const agreement = now.statistics.estimates.map((row) => {
     const inUnit = row.is_share ? percent : (value) => value.toFixed(2);
     return statistic(row.name, inUnit(row.value), row.low === null ? "" : `${inUnit(row.low)} to ${inUnit(row.high)}`);

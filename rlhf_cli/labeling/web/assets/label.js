@@ -9,6 +9,7 @@ import { addText, inWords, showGuidelines } from "./text.js";
 const DRAFT_AFTER_MS = 500;
 const DRAFT_AGAIN_MS = 4000;
 const LOOK_AGAIN_MS = 15000;
+const LOOK_FOR_SAMPLED_MS = 2000;
 const PLAN_CHANGED = "The instructions have changed.";
 
 const $ = (id) => document.getElementById(id);
@@ -21,6 +22,9 @@ let memory = null;
 let task = null;
 let key = "";
 let isBusy = true;
+let isFinished = false; // nothing is left for this annotator now
+let growth = null; // how many prompts are sampled, and of how many; null once all are
+let lookedAt = 0;
 
 // Display
 
@@ -35,7 +39,8 @@ function showLost(reason, seconds) {
   $("lost").hidden = false;
 }
 
-function showProgress(progress) {
+function showProgress(progress, isSampling) {
+  growth = progress.growth;
   const all = progress.mine + progress.left_for_me;
   $("progress").max = Math.max(all, 1);
   $("progress").value = progress.mine;
@@ -44,7 +49,13 @@ function showProgress(progress) {
     parts.push(`${inWords(progress.pace_seconds)} each`);
     if (progress.left_for_me) parts.push(`about ${inWords(progress.pace_seconds * progress.left_for_me)} remaining`);
   }
+  if (growth) parts.push(howFarSampled(isSampling));
   $("pace").textContent = parts.join(" · ");
+}
+
+function howFarSampled(isSampling) {
+  const { sampled, prompts } = growth;
+  return isSampling ? `${sampled} of ${prompts} prompts sampled` : `sampling stopped at ${sampled} of ${prompts} prompts`;
 }
 
 /** Show the next task; if its plan differs from the displayed one, load that plan first. */
@@ -55,9 +66,9 @@ async function show(next) {
     showPlan(fresh);
     next = fresh;
   }
-  showProgress(next.progress);
+  showProgress(next.progress, next.is_sampling);
   if (next.task) showTask(next.task);
-  else showFinished(next.progress);
+  else showFinished(next.progress, next.is_sampling);
   if (session !== before && task) tellPlanChanged(before.guidelines);
 }
 
@@ -95,6 +106,7 @@ function showTask(next) {
 
 function showMessage(title, text, canUndo = false) {
   task = null;
+  isFinished = false;
   $("task").hidden = true;
   $("message").hidden = false;
   $("message-title").textContent = title;
@@ -104,14 +116,31 @@ function showMessage(title, text, canUndo = false) {
   $("message-title").focus();
 }
 
-function showFinished(progress) {
-  showMessage(
-    "Nothing is left for you",
-    progress.is_complete
-      ? "Labeling is complete. Thank you! You can close this page."
-      : "Thank you! Others are still working. If one of their tasks becomes available, it appears here. You can close this page and return with the same link.",
-    progress.mine > 0,
-  );
+function showFinished(progress, isSampling) {
+  showMessage(finishedTitle(progress, isSampling), whatIsLeft(progress, isSampling), progress.mine > 0);
+  isFinished = true;
+}
+
+/** Show the progress of others, in place: nothing takes the focus. */
+function showHowFar(next) {
+  if (!growth) return;
+  showProgress(next.progress, next.is_sampling);
+  if (!task) {
+    $("message-title").textContent = finishedTitle(next.progress, next.is_sampling);
+    $("message-text").textContent = whatIsLeft(next.progress, next.is_sampling);
+  }
+}
+
+const finishedTitle = (progress, isSampling) =>
+  progress.growth && isSampling ? "The next task is on its way" : "Nothing is left for you";
+
+function whatIsLeft(progress, isSampling) {
+  if (progress.growth && isSampling) return `You have labeled everything that is ready: ${howFarSampled(true)}. The next task appears here by itself.`;
+  if (progress.growth)
+    return `You have labeled everything that is ready: ${howFarSampled(false)}. Once it goes on, the next task appears here by itself. You can close this page and return with the same link.`;
+  return progress.is_complete
+    ? "Labeling is complete. Thank you! You can close this page."
+    : "Thank you! Others are still working. If one of their tasks becomes available, it appears here. You can close this page and return with the same link.";
 }
 
 // Input
@@ -352,18 +381,25 @@ async function begin() {
   if (session.guidelines && session.progress.mine === 0 && task && !$("help-dialog").open) openHelp();
 }
 
-setInterval(async () => {
-  if (!session || task || isBusy || document.hidden || $("message-title").textContent !== "Nothing is left for you") return;
+/** Look for a task if there was none, and, with a task open, how far sampling is. */
+async function look() {
+  const isDue = Date.now() - lookedAt >= (growth ? LOOK_FOR_SAMPLED_MS : LOOK_AGAIN_MS);
+  if (!session || isBusy || document.hidden || !isDue || !(isFinished || (task && growth))) return;
+  lookedAt = Date.now();
+  const before = task;
+  let isMine = false;
   try {
     const next = await ask("/api/next", {});
-    if (!next.task || task || isBusy) return;
-    isBusy = true;
+    if (isBusy || task !== before) return;
+    if (task || !next.task) return showHowFar(next);
+    isBusy = isMine = true;
     await show(next);
   } catch (error) {
-    if (error instanceof Refused) showMessage("This page cannot continue", error.message); // otherwise it tries again
+    if (error instanceof Refused && !task) showMessage("This page cannot continue", error.message); // otherwise it tries again
   } finally {
-    isBusy = false;
+    if (isMine) isBusy = false;
   }
-}, LOOK_AGAIN_MS);
+}
+setInterval(look, LOOK_FOR_SAMPLED_MS);
 
 begin();
