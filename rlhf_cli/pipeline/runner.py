@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.console import show_under_bar
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
 from rlhf_cli.distributed.ranks import is_main
@@ -118,7 +119,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         loaded.locating(),
         directory.lock(),
         logged(folder / LOG, f"$ {command_line()}"),
-        SignalStop(what_is_saved) as stop,
+        SignalStop(what_is_saved, show_under_bar) as stop,
         disk_errors(folder),
         recorded(directory.progress_file),
     ):
