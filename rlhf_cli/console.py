@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,7 +16,15 @@ from rlhf_cli import run_log
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.verbosity import is_quiet
 
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
     from rich.progress import Progress
     from rich.progress import Task as RichTask
 
@@ -59,8 +69,54 @@ console = Messages(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.
 """stderr, for everything but data; silent in all processes except rank 0."""
 
 
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Show a spinner while something short runs.
+
+    What is typed meanwhile is not shown, which would break its line, and is read by the next question.
+    """
+    with _without_echo(), console.status(text, refresh_per_second=4):
+        yield
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+class _Notice:
+    """A line under the bars on the screen, and how many of them there are."""
+
+    text = ""
+    bars = 0
+
+
+def show_under_bar(text: str) -> bool:
+    """Show a line under the bar on the screen, until the bar ends; return False if there is no bar.
+
+    What a signal handler writes to the terminal itself would move the cursor, and the bar would be drawn twice.
+    """
+    _Notice.text = text if _Notice.bars else ""
+    return _Notice.bars > 0
+
+
+_ECHO = 4
+"""Columns at the right of a bar for what a terminal shows of Ctrl-C, twice: beyond the line it would begin another."""
+
+
 def bar_of_tasks(console: Console) -> Progress:
     """Return a bar for tasks of `rlhf_cli.progress`, each of which is the field `owner` of its line."""
+    from rich.constrain import Constrain
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn  # slow to import; only terminals need it
     from rich.table import Column
     from rich.text import Text
@@ -70,6 +126,24 @@ def bar_of_tasks(console: Console) -> Progress:
 
         def render(self, task: RichTask) -> Text:
             return Text(task.fields["owner"].time_text(), style="progress.remaining")
+
+    class Bar(Progress):
+        """Leaves columns free at the right, and shows `_Notice.text` below."""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            width = max(console.width - _ECHO, 1)
+            yield from (Constrain(one, width) for one in super().get_renderables())
+            if _Notice.text:
+                yield Constrain(Text(_Notice.text, style="yellow"), width)
+
+        def start(self) -> None:
+            _Notice.bars += 1
+            super().start()
+
+        def stop(self) -> None:
+            super().stop()
+            _Notice.bars -= 1
+            _Notice.text = _Notice.text if _Notice.bars else ""
 
     def column() -> Column:
         return Column(no_wrap=True)
@@ -82,4 +156,4 @@ def bar_of_tasks(console: Console) -> Progress:
         TimeColumn(table_column=column()),
         TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
     )
-    return Progress(*columns, console=console, transient=False, expand=True)
+    return Bar(*columns, console=console, transient=False, expand=True)

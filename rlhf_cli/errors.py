@@ -45,10 +45,24 @@ class RLHFError(Exception):
 
 
 class UsageError(RLHFError):
-    """A command line that cannot be carried out: a missing input, two settings that exclude each other."""
+    """A command line that cannot be carried out: a missing input, two settings that exclude each other.
+
+    Args:
+        message: see `RLHFError`.
+        hint: likewise.
+        setting: setting whose value is refused, or the end of its name; where it is known, `LoadedRecipe.locating` puts
+            the `file:line` of the setting before the message.
+        value: the value, or the entry of a list, that is refused; None is any.
+    """
 
     code = "usage"
     exit_code = EXIT_USAGE
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, setting: str | None = None, value: object = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.setting, self.value = setting, value
 
 
 class RecipeError(UsageError):

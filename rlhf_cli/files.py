@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -165,3 +167,42 @@ def append(path: Path, content: bytes) -> None:
     with path.open("ab") as file:
         file.write(content)
         fsync(file)
+
+
+class WrittenFiles:
+    """Which files of a folder a command wrote, so that the next one removes what it does not write again.
+
+    A file counts as written only if its name is in the list and its bytes are those that were written: what a user
+    added, copied or changed stays.
+
+    Args:
+        path: the list, `{name: sha256}`, in the folder of the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):  # a lost or damaged list: nothing is known for certain
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                self._before = {name: digest for name, digest in found.items() if name == Path(name).name}
+
+    def replace(self, names: Iterable[str]) -> list[str]:
+        """Remove the files of before that are not among these, note these, and return what was removed.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        written = {name: hash_file(self._path.with_name(name)) for name in names}
+        removed = [name for name in sorted(self._before.keys() - written.keys()) if self._is_as_written(name)]
+        for name in removed:
+            self._path.with_name(name).unlink()
+        if written:
+            write_whole(self._path, json.dumps(written, indent=2) + "\n")
+        elif self._before:
+            self._path.unlink()
+        return removed
+
+    def _is_as_written(self, name: str) -> bool:
+        path = self._path.with_name(name)
+        return path.is_file() and not path.is_symlink() and hash_file(path) == self._before[name]

@@ -11,7 +11,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from rlhf_cli import progress
-from rlhf_cli.console import Messages
+from rlhf_cli.console import Messages, show_under_bar
+from tests.terminals import screen_of
 
 
 @pytest.fixture
@@ -113,6 +114,32 @@ def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(width, ended, 
     assert all(part in shown for part in expected), shown
     assert "0.0 completions/s" not in shown
     assert cell_len(shown) <= width
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_ctrl_c_leaves_the_bar_on_the_screen_once(width, monkeypatch):
+    screen = io.StringIO()
+    watched = Messages(file=screen, force_terminal=True, width=width)
+    monkeypatch.setattr(progress, "console", watched)
+    monkeypatch.setattr(progress, "interactive", lambda: True)
+    assert not show_under_bar("SIGINT: nothing runs")
+    with progress.task("ppo", 100, "steps") as task:
+        for _ in range(2):
+            task.advance(1, note="a note that is longer than any terminal is wide " * 5)
+            task._bar.refresh()
+            screen.write("^C")  # the terminal itself echoes it where the cursor is
+            assert show_under_bar("SIGINT: stopping after step 3 of 100 of ppo; Ctrl-C again stops at once")
+            task._bar.refresh()
+    watched.print("error: stopped")
+    shown = screen_of(screen.getvalue(), width)
+    assert sum("/100" in line for line in shown) == 1, shown
+    assert not any("^C" in line for line in shown), shown
+    assert " ".join(shown).count("SIGINT: stopping after") == 1
+    assert shown[-2:] == ["error: stopped", ""]
+    screen.truncate(0)
+    with progress.task("evaluate", 1):
+        pass
+    assert "SIGINT" not in screen.getvalue(), "the next bar has nothing to say of it"
 
 
 def test_an_error_inside_is_not_called_done(capsys, clock):

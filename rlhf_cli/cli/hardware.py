@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,8 +102,15 @@ def print_report(found: dict[str, Any]) -> None:
     print("\n".join(f"{name:<13} {value}" for name, value in rows))
     for name, heading in (("problems", "problem"), ("optional", "optional")):
         for one in found[name]:
-            print(f"\n{heading}: {one['message']}\n    {one['fix']}")
+            print(f"\n{_wrapped(heading + ': ' + one['message'])}\n    {one['fix']}")
     print("\nno problems found" if not found["problems"] else _conclusion(found["problems"]))
+
+
+def _wrapped(text: str) -> str:
+    """Wrap at words on a terminal; leave the line whole elsewhere, for programs that read lines."""
+    if not sys.stdout.isatty():
+        return text
+    return textwrap.fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
 
 
 def _conclusion(problems: list[dict[str, Any]]) -> str:

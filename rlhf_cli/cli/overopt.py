@@ -15,6 +15,7 @@ def overopt(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = Non
     The run directory holds `overopt.json`, plots, and a run directory per proxy and seed. The same command resumes.
     """
     from rlhf_cli.console import console
+    from rlhf_cli.files import WrittenFiles
     from rlhf_cli.overopt.plot import draw
     from rlhf_cli.overopt.results import table
     from rlhf_cli.overopt.study import RESULT, Study
@@ -24,7 +25,11 @@ def overopt(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = Non
     loaded = load_recipe(recipe, settings or [])
     folder: Path = run_dir or loaded.recipe.default_run_dir
     results = Study(loaded, folder).run()
-    for picture in draw(results, folder):
+    written = WrittenFiles(folder / "overopt-plots.json")
+    if pictures := draw(results, folder):
+        for removed in written.replace([picture.name for picture in pictures]):
+            say(f"removed {folder / removed}: of the results before, and not of these")
+    for picture in pictures:
         say(f"plot in {picture}")
     console.print(table(results), soft_wrap=False)
     if as_json:

@@ -40,10 +40,15 @@ class SignalStop:
 
     Args:
         waits_for: returns what is under way that is saved first, for a message; None if nothing is.
+        show: shows a message where a bar is on the screen; returns False where none is, and then it is written.
     """
 
-    def __init__(self, waits_for: Callable[[], str | None] = lambda: "the current step") -> None:
-        self._waits_for = waits_for
+    def __init__(
+        self,
+        waits_for: Callable[[], str | None] = lambda: "the current step",
+        show: Callable[[str], bool] = lambda text: False,
+    ) -> None:
+        self._waits_for, self._show = waits_for, show
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -74,7 +79,8 @@ class SignalStop:
                 raise KeyboardInterrupt
             name = signal.Signals(signum).name
             text = f"{name}: stopping after {found or 'the current operation'}; Ctrl-C again stops at once"
-            os.write(2, f"\n{text}\n".encode())  # not `print`, which the handler may have interrupted
+            if not self._show(text):
+                os.write(2, f"\n{text}\n".encode())  # not `print`, which the handler may have interrupted
             write(text)
         elif signum == signal.SIGINT and not is_supervised():
             raise KeyboardInterrupt

@@ -44,16 +44,18 @@ class Completion:
 class Progress(Protocol):
     """Is told how far generation is."""
 
-    def __call__(self, completions: int, tokens: int = 0, /) -> object:
+    def __call__(self, completions: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> object:
         """Take what was drawn since the last call.
 
         Args:
             completions: completions that ended, which may be 0.
             tokens: tokens of all completions; 0 where a generator knows only the completions.
+            lengths: tokens of each completion that ended, of a generator that draws one token of each row per call;
+                None for others.
         """
 
 
-def ignore(completions: int, tokens: int = 0, /) -> None:
+def ignore(completions: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
     """Tell nobody; the default `Progress`."""
 
 

@@ -153,6 +153,8 @@ def _token_id(text: str, prompt_format: PromptFormat) -> int:
     raise UsageError(
         f"`stop_tokens`: {text!r} is {len(ids)} tokens of {prompt_format.name}, expected one",
         hint="name a token of the model's vocabulary, such as <|im_end|>",
+        setting="stop_tokens",
+        value=text,
     )
 
 

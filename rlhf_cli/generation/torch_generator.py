@@ -132,13 +132,15 @@ class _Drawing:
                 "the model's logits are not finite, so nothing can be sampled",
                 hint="an earlier stage diverged: lower its learning rate, or try `--set model.precision=float32`",
             )
-        staying = []
+        staying, lengths = [], []
         for index, (row, token) in enumerate(zip(rows, drawn, strict=True)):
             written = self.completions[row]
             written.append(token)
             if token not in self._stop_ids and len(written) < sampling.max_new_tokens:
                 staying.append(index)
-        self._progress(len(rows) - len(staying), len(rows))
+            else:
+                lengths.append(len(written))
+        self._progress(len(lengths), len(rows), lengths)
         self._stop()
         return tokens, staying
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.special_tokens import ids_of
-from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.errors import ModelError, RLHFError, UsageError
 from rlhf_cli.models.adapter_files import read_adapter
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.hub import hub_model
@@ -270,11 +270,11 @@ def check_completion_length(config: PretrainedConfig, max_new_tokens: int, path:
     """Check that completions leave room for a prompt.
 
     Raises:
-        ModelError: they fill the model's context.
+        UsageError: they fill the model's context; `longest_prompt` finds the same once a stage runs.
     """
     context = context_length(config)
     if not config.is_encoder_decoder and max_new_tokens >= context:
-        raise ModelError(
+        raise UsageError(
             f"completions of {max_new_tokens:,} tokens leave no room for a prompt: `{path}` reads {context:,} tokens "
             "in all",
             hint="lower `max_new_tokens` of the stage, or `sampling.max_new_tokens`",

@@ -28,9 +28,8 @@ from rlhf_cli.pipeline.plan_advice import Advice, advise
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.prediction import Took
-from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.pipeline.runner import inputs_of, limit_threads
+from rlhf_cli.pipeline.runner import check_steps, limit_threads, not_cached
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
@@ -136,33 +135,41 @@ def plan_run(
         RLHFError: what the run itself would report before it starts.
     """
     recipe = resolve_paths(loaded)
-    steps = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection).plan()
     here, trial = (recipe, trial) if target is None else (target.here(recipe), False)
     limit_threads(here.model.threads)
     keep_freed_memory()
-    to_run = [step for step in steps if step.action != "cached"]
-    names = {step.stage.name for step in to_run}
-    if target is not None:  # `here` has whole models
-        check_sharding(recipe, names)
-        if target.server_gpus and recipe.generation.vllm_server is None:
-            raise UsageError(
-                "`--server-gpus` needs `generation.vllm_server`",
-                hint="add `--set generation.vllm_server=http://HOST:8000`; no server needs to run there",
-            )
-        check_groups(recipe.model, target.cluster.count, target.cluster.count // target.cluster.nodes)
-    preflight(here, inputs_of(to_run), names)
+
+    def check(steps: Sequence[Step]) -> None:
+        if target is not None:  # `here` has whole models
+            _check_target(target, recipe, {step.stage.name for step in not_cached(steps)})
+        check_steps(here, steps)
+
+    planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
+    with loaded.locating():
+        steps = planner.plan(check)
     from rlhf_cli.models.loading import resolve_device
 
     device = resolve_device(here.model.device).type
     limit = machine_memory(device) if target is None else int(target.cluster.memory)
-    trained = [step for step in steps if step.action != "cached" and step.stage.workload is not None]
+    trained = [step for step in not_cached(steps) if step.stage.workload is not None]
     with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
         seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
-        planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe)
-        stages = [planner.plan(step) for step in steps]
+        stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe)
+        stages = [stage_planner.plan(step) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     device = device if target is None else "cuda"
     return RunPlan(folder, stages, device, limit, shutil.disk_usage(existing).free, trial, target)
+
+
+def _check_target(target: Target, recipe: Recipe, stages: set[str]) -> None:
+    """Raise `UsageError` if other machines cannot do what the recipe says."""
+    check_sharding(recipe, stages)
+    if target.server_gpus and recipe.generation.vllm_server is None:
+        raise UsageError(
+            "`--server-gpus` needs `generation.vllm_server`",
+            hint="add `--set generation.vllm_server=http://HOST:8000`; no server needs to run there",
+        )
+    check_groups(recipe.model, target.cluster.count, target.cluster.count // target.cluster.nodes)
 
 
 class _StagePlanner:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,7 @@ class Step:
         inputs: inputs of the stage.
         identity: what the result depends on; has `PENDING` digests for inputs that an earlier stage must write first.
         manifest: manifest of the finished artifact, if "cached".
+        refusal: why the stage must not run, if so; `Planner` raises it.
     """
 
     stage: Stage
@@ -41,6 +42,7 @@ class Step:
     inputs: StageInputs
     identity: Identity
     manifest: Manifest | None = None
+    refusal: UsageError | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -148,10 +150,15 @@ class Planner:
         self._artifacts = RunArtifacts(run, frozenset(stage.name for stage in chosen))
         self._digests = Digests(run)
 
-    def plan(self) -> list[Step]:
+    def plan(self, check: Callable[[Sequence[Step]], object]) -> list[Step]:
         """Return one step per selected stage.
 
+        Args:
+            check: raises an `RLHFError` if the inputs of the steps cannot be used. It runs before a stage is refused
+                for inputs that changed: what is wrong with a changed file has to be known first.
+
         Raises:
+            RLHFError: of `check`.
             UsageError: an input is missing, an artifact that a stage reads is not up to date, or a finished artifact
                 would be replaced and must not be.
             DataError: an artifact that a stage reads is damaged.
@@ -165,29 +172,34 @@ class Planner:
         changed: frozenset[str] = frozenset()
         for stage in self._chosen:
             step = self._step(stage, inputs[stage.name], pending, changed)
+            if self._keeps_finished and step.refusal is None:
+                step = replace(step, refusal=self._replacement_refusal(step))
             steps.append(step)
             if step.action != "cached":
                 pending |= {stage.name}
                 if self._differs(step):
                     changed |= {stage.name}
-        if self._keeps_finished:
-            self._refuse_to_replace(steps)
+        check(steps)
+        for step in steps:
+            _raise_refusal(step)
         return steps
 
-    def _refuse_to_replace(self, steps: Iterable[Step]) -> None:
-        for step in steps:
-            name, known = step.stage.name, self._finished_identity(step.stage)
-            if step.action != "run" or step.stage.keeps_earlier or name in self._force or known is None:
-                continue
-            if found := differences(known, step.identity, step.inputs):
-                raise UsageError(
-                    f"{self._run.path} has a finished `{name}` that was made differently: {_listed(found)}",
-                    hint=f"`--run-dir runs/NAME` keeps both; `--run-dir {word(self._run.path)}` replaces it",
-                )
+    def _replacement_refusal(self, step: Step) -> UsageError | None:
+        name, known = step.stage.name, self._finished_identity(step.stage)
+        if step.action != "run" or step.stage.keeps_earlier or name in self._force or known is None:
+            return None
+        if found := differences(known, step.identity, step.inputs):
+            return UsageError(
+                f"{self._run.path} has a finished `{name}` that was made differently: {_listed(found)}",
+                hint=f"`--run-dir runs/NAME` keeps both; `--run-dir {word(self._run.path)}` replaces it",
+            )
+        return None
 
     def update(self, step: Step) -> Step:
         """Plan a stage again after the stages before it have finished."""
-        return self._step(step.stage, step.inputs, frozenset(), frozenset())
+        step = self._step(step.stage, step.inputs, frozenset(), frozenset())
+        _raise_refusal(step)
+        return step
 
     def _inputs(self, stage: Stage) -> StageInputs:
         finder = InputFinder(stage.name, self._recipe, self._artifacts)
@@ -246,8 +258,8 @@ class Planner:
             what = recall_commits(what, began)
             if self._has_more_steps(stage, began, what, inputs) and self._fixed_steps(stage) is None:
                 return Step(stage, "resume", _listed(differences(began, what, inputs)), inputs, what)
-            self._same_or_refuse(stage, inputs, began, what, pending, changed)
-            return Step(stage, "resume", "it was interrupted", inputs, what)
+            refusal = self._change_refusal(stage, inputs, began, what, pending, changed)
+            return Step(stage, "resume", "it was interrupted", inputs, what, refusal=refusal)
         finished = self._finished_identity(stage)
         if finished is not None and self._has_more_steps(stage, finished, what, inputs):
             why_not = self._fixed_steps(stage)
@@ -289,7 +301,7 @@ class Planner:
             return None, f"damaged: {damage}"
         return manifest, ""
 
-    def _same_or_refuse(
+    def _change_refusal(
         self,
         stage: Stage,
         inputs: StageInputs,
@@ -297,17 +309,18 @@ class Planner:
         what: Identity,
         pending: frozenset[str],
         changed: frozenset[str],
-    ) -> None:
+    ) -> ChangedInputsError | None:
+        """Return why an unfinished stage must not be resumed, if its settings or inputs changed."""
         found = differences(began, what, inputs)
         upstream = {given.upstream for given in inputs.by_name().values() if given.upstream} & changed
         found += [f"its input from `{name}` will change" for name in sorted(upstream)]
         if not found:
-            return
+            return None
         if not began["settings"]:
             file = self._run.began_file(stage.name)
             found = [f"{file}, which records its settings, is missing or damaged"]
         force = f"--force {stage.name}" if self._names_stages else "--force"
-        raise ChangedInputsError(
+        return ChangedInputsError(
             f"{self._run.path} has an unfinished `{stage.name}` that was started differently: {_listed(found)}",
             hint=f"undo the change to resume, or discard the unfinished work with `{force}`"
             + self._also_runs(stage, pending)
@@ -325,6 +338,11 @@ class Planner:
         if len(names) < 2:
             return ""
         return f"; then {', '.join(f'`{name}`' for name in names[:-1])} and `{names[-1]}` run"
+
+
+def _raise_refusal(step: Step) -> None:
+    if step.refusal is not None:
+        raise step.refusal
 
 
 def _listed(found: list[str]) -> str:

@@ -48,6 +48,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
         raise UsageError(
             f"`evaluate.tasks: {recipe.value('evaluate.tasks')}` needs lm-eval, which is not installed",
             hint="pip install 'rlhf-cli[tasks]', or remove `evaluate.tasks`",
+            setting="evaluate.tasks",
         )
     seen: set[tuple[str, str | None]] = set()
     keys: dict[tuple[str, str | None], PromptKeys] = {}
@@ -80,13 +81,15 @@ def _check_vllm(recipe: Recipe) -> None:
     server = recipe.generation.vllm_server
     if recipe.generation.engine != "vllm" and server is None:
         return
-    setting = "`generation.engine: vllm`" if server is None else "`generation.vllm_server`"
+    name = "generation.engine" if server is None else "generation.vllm_server"
+    setting = f"`{name}: vllm`" if server is None else f"`{name}`"
     for package in ("vllm",) if server is None else ("vllm", "trl"):
         if importlib.util.find_spec(package) is None:
             other = "--set generation.engine=auto" if server is None else "--set generation.vllm_server=null"
             raise UsageError(
                 f"{setting} needs {package}, which is not installed",
                 hint=f"docs/generation.md describes an environment with vllm; or use `{other}`",
+                setting=name,
             )
 
 
@@ -103,6 +106,7 @@ def _check_bitsandbytes(recipe: Recipe) -> None:
         raise UsageError(
             f"`{setting}: {value}` needs bitsandbytes, which is not installed",
             hint=f"pip install 'rlhf-cli[quantized]', or remove `{setting}`",
+            setting=setting,
         )
 
 
@@ -220,7 +224,7 @@ def _check_endpoint(given: Input) -> None:
     try:
         check_endpoint(given.source, given.token_env)
     except UsageError as error:
-        raise UsageError(f"`{given.setting}`: {error.message}", hint=error.hint) from error
+        raise UsageError(f"`{given.setting}`: {error.message}", hint=error.hint, setting=given.setting) from error
     say(f"{given.setting}: will send prompts and completions to {without_query(given.source)}")
 
 
@@ -233,7 +237,11 @@ def _check_attention(name: str) -> None:
         from rlhf_cli.attention import registry  # imports torch, which the stages need anyway
 
         if (reason := registry.find(name).missing()) is not None:
-            raise UsageError(f"`model.attention: {name}`: {reason}", hint="use `auto`, or see `rlhf attention list`")
+            raise UsageError(
+                f"`model.attention: {name}`: {reason}",
+                hint="use `auto`, or see `rlhf attention list`",
+                setting="model.attention",
+            )
 
 
 def _check_records(recipe: Recipe, given: Input) -> PromptKeys:

@@ -7,12 +7,13 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.console import show_under_bar
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
 from rlhf_cli.distributed.ranks import is_main
@@ -37,7 +38,7 @@ from rlhf_cli.run_log import LOG, logged
 from rlhf_cli.settings.base import Section
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage, StageContext, StageOutcome
-from rlhf_cli.stages.inputs import Input, StageInputs
+from rlhf_cli.stages.inputs import StageInputs
 from rlhf_cli.training.monitoring.timing_log import show_table
 
 
@@ -115,9 +116,10 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         _follow(recipe, directory, coordinator)
         return RunResult(folder, [])
     with (
+        loaded.locating(),
         directory.lock(),
         logged(folder / LOG, f"$ {command_line()}"),
-        SignalStop(what_is_saved) as stop,
+        SignalStop(what_is_saved, show_under_bar) as stop,
         disk_errors(folder),
         recorded(directory.progress_file),
     ):
@@ -125,10 +127,8 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         if is_joined():  # on several machines, at once; on one, with the first stage: all may be up to date
             coordinator.begin()
         planner = Planner(recipe, directory, chosen, selection)
-        steps = planner.plan()
-        to_run = [step for step in steps if step.action != "cached"]
-        preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
-        if to_run:
+        steps = planner.plan(partial(check_steps, recipe))
+        if to_run := not_cached(steps):
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
         record.begin()
@@ -158,9 +158,9 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     """Return what `run` would do, after the same checks; writes nothing and takes no lock."""
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
-    steps = Planner(recipe, directory, select(recipe, selection), selection).plan()
-    to_run = [step for step in steps if step.action != "cached"]
-    preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
+    planner = Planner(recipe, directory, select(recipe, selection), selection)
+    with loaded.locating():
+        steps = planner.plan(partial(check_steps, recipe))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     path = recipe.model.path
     shape = None if path is None or not Path(path).is_dir() else ModelShape.of(Path(path))
@@ -285,9 +285,16 @@ def _accept(recipe: Recipe, run: RunDirectory, stage: Stage, manifest: Manifest)
     stage.accept(recipe.section(stage.name), manifest.metrics, run.artifact(stage.name))
 
 
-def inputs_of(steps: Iterable[Step]) -> Iterator[Input]:
-    """Return the inputs of some steps of a plan."""
-    return (given for step in steps for given in step.inputs.by_name().values())
+def not_cached(steps: Iterable[Step]) -> list[Step]:
+    """Return the steps of a plan that do something."""
+    return [step for step in steps if step.action != "cached"]
+
+
+def check_steps(recipe: Recipe, steps: Iterable[Step]) -> None:
+    """Check the inputs of all steps that do something; see `preflight`."""
+    to_run = not_cached(steps)
+    inputs = (given for step in to_run for given in step.inputs.by_name().values())
+    preflight(recipe, inputs, {step.stage.name for step in to_run})
 
 
 def _context(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from rlhf_cli.errors import RecipeError
+from rlhf_cli.errors import RecipeError, UsageError
 from rlhf_cli.recipe.document import KeyPath, RecipeText, read_document
+from rlhf_cli.recipe.fields import dotted, values
 from rlhf_cli.recipe.overrides import BadSetting, Layers, Override, override, parse_set
 from rlhf_cli.recipe.problems import explain
 from rlhf_cli.recipe.schema import Recipe
@@ -38,6 +40,35 @@ class LoadedRecipe:
             if (found := self.origins.get(key_path[:length])) is not None:
                 return found if length == len(key_path) else "default"
         return "default"
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Turn a `UsageError` about a setting into a `RecipeError` that says where the setting is, as the loader does.
+
+        Settings that the model's folder or a default gives have no place in the recipe; their errors stay as they are.
+        """
+        try:
+            yield
+        except UsageError as error:
+            key_path = self._refused(error)
+            if key_path is None:
+                raise
+            name = dotted(key_path)
+            message = error.message.replace(f"`{error.setting}", f"`{name}", 1)
+            raise RecipeError([f"{self.origins[key_path]}: {message}"], hint=error.hint) from error
+
+    def _refused(self, error: UsageError) -> KeyPath | None:
+        """Return the key path of the setting that an error is about, if the recipe or the command line sets it."""
+        if error.setting is None:
+            return None
+        for key_path, _, value in values(self.recipe):
+            name = dotted(key_path)
+            if name != error.setting and not name.endswith(f".{error.setting}"):
+                continue
+            is_it = error.value is None or value == error.value or (isinstance(value, list) and error.value in value)
+            if is_it and key_path in self.origins:
+                return key_path
+        return None
 
 
 def load_recipe(

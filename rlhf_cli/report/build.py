@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_cli.errors import DiskError, RLHFError
-from rlhf_cli.files import write_whole
+from rlhf_cli.files import WrittenFiles, write_whole
 from rlhf_cli.pipeline.comparison_text import comparison_text
 from rlhf_cli.pipeline.run_comparison import RunComparison, compare_runs
 from rlhf_cli.plotting import has_matplotlib
@@ -73,6 +73,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
 def write_charts(report: Report) -> Path | None:
     """Write every chart of a report as a PNG file, into the folder `NAME-charts` beside `NAME.html`.
 
+    Files of an earlier report are removed, as far as they are as it wrote them: `charts.json` there has their hashes.
+
     Returns:
         The folder; None if there is no chart, or without matplotlib, which a message says.
 
@@ -81,22 +83,24 @@ def write_charts(report: Report) -> Path | None:
     """
     charts = [chart for section in report.page.sections for chart in section.charts]
     folder = report.html.with_name(f"{report.html.stem}-charts")
-    if not charts:
-        return None
-    if not has_matplotlib():
+    if charts and not has_matplotlib():
         say(f"no {folder.name}/*.png: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)")
         return None
     from rlhf_cli.charts.png import write_png
 
     try:
-        folder.mkdir(exist_ok=True)
+        written = WrittenFiles(folder / "charts.json")
+        if charts:
+            folder.mkdir(exist_ok=True)
         for chart in charts:
             write_png(chart, folder / f"{chart.file_name}.png")
+        for removed in written.replace([f"{chart.file_name}.png" for chart in charts]):
+            say(f"removed {folder / removed}: of the report before, and not in this one")
     except OSError as error:
         raise DiskError(
             f"cannot write to {folder}: {error.strerror or error}", hint="name another file with `--output FILE`"
         ) from error
-    return folder
+    return folder if charts else None
 
 
 def _comparison(runs: Sequence[RunFiles]) -> RunComparison | None:

@@ -208,7 +208,7 @@ def _timed(policy: Policy, prompts: Sequence[list[int]], seconds: float) -> _Tim
     times: list[tuple[float, int, int]] = []
     began = time.perf_counter()
 
-    def progress(ended: int, tokens: int = 0) -> None:
+    def progress(ended: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
         times.append((time.perf_counter() - began, tokens, ended))
         if times[-1][0] > seconds and len(times) > 2:
             raise _EnoughError

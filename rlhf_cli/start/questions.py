@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rlhf_cli.console import console
+from rich.markup import escape
+
+from rlhf_cli.console import console, spinner
 from rlhf_cli.errors import RLHFError, UsageError
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import load_recipe
@@ -32,6 +34,10 @@ _SOURCES = (
     "a judge: a language model that compares them",
     "a Python function scores them (or a reward model, or an HTTP endpoint)",
 )
+
+
+class _BackError(Exception):
+    """An empty reply to a question that follows from the reply to another one, which is asked again."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,13 @@ class Questions:
     # What is found out
 
     def _model(self, path: str) -> ModelFacts:
-        with console.status("reading its files ...", refresh_per_second=4):
+        with spinner("reading its files ..."):
             found = inspect_model(path)
         self._found(found.described)
         return found
 
     def _prompts(self, source: str, model: ModelFacts) -> PromptFacts:
-        with console.status("reading and tokenizing them ...", refresh_per_second=4):
+        with spinner("reading and tokenizing them ..."):
             found = inspect_prompts(source, model, self._data(model))
         for line in found.described:
             self._found(line)
@@ -151,7 +157,7 @@ class Questions:
         """Ask what the chosen source needs to know."""
         if reply == "4":
             text = "Which function? FILE.py:NAME, such as my_reward.py:score; docs/rewards.md shows one"
-            return self._ask(text, lambda one: self._chosen(label_choice.reward(one, model, prompts)))
+            return self._follow(text, lambda one: self._chosen(label_choice.reward(one, model, prompts)))
         if reply not in ("1", "2", "3"):
             raise UsageError(f"`{reply}` is not one of the numbers 1 to {len(_SOURCES)}")
         if reply == "1":
@@ -160,9 +166,9 @@ class Questions:
         if reply == "2":
             default = prompts.source if prompts.has_rankings else ""
             text = "Which file? Many layouts of JSON, CSV and Parquet are read: docs/label-formats.md"
-            return self._ask(text, lambda one: self._preferences(one, model), default)
+            return self._follow(text, lambda one: self._preferences(one, model), default)
         text = "Which model? A folder, a hub id, or NAME@http://HOST/v1 of an OpenAI-compatible endpoint"
-        return self._ask(text, lambda one: self._judges([one], model))
+        return self._follow(text, lambda one: self._judges([one], model))
 
     def _people(self, model: ModelFacts) -> LabelChoice:
         check_role(model.path, "start of a reward model")
@@ -204,32 +210,43 @@ class Questions:
         self._number += 1
         return self._ask(f"{self._number}. {text}", inspect, default)
 
-    def _ask(self, text: str, inspect: Callable[[str], T], default: str = "") -> T:
-        """Ask until a reply passes its inspection."""
+    def _follow(self, text: str, inspect: Callable[[str], T], default: str = "") -> T:
+        """Ask what follows from a reply; an empty reply goes back, unless there is a default."""
+        return self._ask(
+            text if default else f"{text} (Enter alone goes back)", inspect, default, goes_back=not default
+        )
+
+    def _ask(self, text: str, inspect: Callable[[str], T], default: str = "", *, goes_back: bool = False) -> T:
+        """Ask until a reply passes its inspection; raises `_BackError` on an empty reply that goes back."""
         if self._read_line is None:
             raise UsageError("an answer is missing, and there is no terminal to ask for it")
         console.print(f"\n{text}", markup=False, style="bold")
         reply = ""
         while True:
-            reply = reply or self._reply(default)
+            reply = reply or self._reply(default, goes_back=goes_back)
             before = list(self._settings)
             try:
                 return inspect(self._take_settings(reply))
             except RLHFError as error:
                 self._settings = before
                 reply = self._after(error, reply)
+            except _BackError:
+                console.print(f"\n{text}", markup=False, style="bold")
+                reply = ""
 
-    def _reply(self, default: str) -> str:
+    def _reply(self, default: str, *, goes_back: bool) -> str:
         assert self._read_line is not None
         while not (reply := self._read_line(f"[{default}] > " if default else "> ").strip() or default):
+            if goes_back:
+                raise _BackError
             say("  an answer is needed; Ctrl-C leaves, and writes nothing")
         return reply
 
     def _after(self, error: RLHFError, reply: str) -> str:
         """Show why a reply cannot be used; returns the reply with the setting that helps, if the person agrees."""
         assert self._read_line is not None
-        console.print("  cannot be used: ", style="yellow", end="")
-        say("\n  ".join(error.problems or [error.message]))
+        problems = "\n  ".join(error.problems or [error.message])
+        console.print(f"[yellow]  cannot be used:[/yellow] {escape(problems)}")  # at once, so that it wraps at words
         if error.hint is None:
             return ""
         if (offered := _OFFERED.search(error.hint)) and not _PLACEHOLDER.search(offered[1]):
@@ -246,7 +263,7 @@ class Questions:
     def _take_settings(self, reply: str) -> str:
         """Keep the settings that are written behind a name, as `prefs.csv --set data.max_skip=0.1`; return the name."""
         if " --set " not in reply:
-            return reply
+            return _unquoted(reply)
         try:
             name, *rest = shlex.split(reply)
         except ValueError as error:
@@ -261,6 +278,17 @@ class Questions:
 
     def _found(self, text: str) -> None:
         console.print(f"  {text}", markup=False, style="green")
+
+
+def _unquoted(reply: str) -> str:
+    """The file that a reply names as it is written in a shell, as where a window puts it: quoted, or with `\\ `."""
+    if Path(reply).expanduser().exists():
+        return reply
+    try:
+        words = shlex.split(reply)
+    except ValueError:
+        return reply
+    return words[0] if len(words) == 1 else reply
 
 
 def _whole_number(reply: str) -> int:

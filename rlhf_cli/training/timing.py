@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -239,8 +239,8 @@ class StepWatch:
         """Return a `Progress` for a generator that draws `count` completions of up to `limit` tokens in this phase."""
         drawn = Drawing(count, limit)
 
-        def progress(completions: int, tokens: int = 0, /) -> None:
-            drawn(completions, tokens)
+        def progress(completions: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
+            drawn(completions, tokens, lengths)
             if self._inner is not None:
                 done, total, unit = drawn.ended, float(count), "completions"
                 if drawn.tokens:

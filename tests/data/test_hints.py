@@ -133,8 +133,8 @@ CASES = {
     "a turn without role": Case("a message is", [{"messages": [{"content": "q"}, A]}], [{"messages": [U, A]}], kind=D),
     "a role": Case("roles are", [{"messages": [{"role": "usr", "content": "q"}, A]}], [{"messages": [U, A]}], kind=D),
     "half an emoji": Case("cut inside an emoji", '{"prompt": "q", "completion": "\\ud83d"}\n', GOOD, kind=D),
-    "python in a cell": Case("to_json", "messages\n\"[{'role': 'user', 'content': 'q'}]\"\n", [{"messages": [U, A]}], kind=D, name="a.csv a.jsonl"),
-    "python as a completion": Case("to_json", p(completion="[{'role': 'assistant', 'content': 'a'}]"), GOOD, kind=D),
+    "python in a cell": Case("to_json", "messages\n\"[{'role': 'user', 'content': 'q'}, ..., {'role': 'user', 'content': 'q'}]\"\n", [{"messages": [U, A]}], kind=D, name="a.csv a.jsonl"),
+    "python as a completion": Case("to_json", p(completion="array([{'role': 'assistant', 'content': 'a'}], dtype=object)"), GOOD, kind=D),
     "json cut off": Case("32,767 characters", p(completion='[{"role": "assistant", "content": "a'), GOOD, kind=D),
     "no json in a cell": Case("lists in CSV are written as JSON", "prompt,completions,ranking\nq,a or b,\"[[0],[1]]\"\n", 'prompt,completions,ranking\nq,"[""a"",""b""]","[[0],[1]]"\n', name="a.csv"),
     # Comparisons of ours

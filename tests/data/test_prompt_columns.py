@@ -65,14 +65,31 @@ def test_all_of_a_prompt_is_read(read, kind, row, record):
 
 
 NOTATION = str([user, reply])
+HARD = {"role": "assistant", "content": "it's \"x\"}\n {'role': 'user'}, {\\d} […]"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "record"),
+    [
+        pytest.param("ranking", {"chosen": NOTATION, "rejected": str([user, other])}, Ranking((USER,), ("a", "b"), PAIR), id="whole conversations"),
+        pytest.param("ranking", {"prompt": str([user]), "chosen": str([reply]), "rejected": str([other])}, Ranking((USER,), ("a", "b"), PAIR), id="prompt and completions"),
+        pytest.param("demonstration", {"messages": NOTATION}, Demonstration((USER,), "a"), id="messages"),
+        pytest.param("demonstration", {"messages": f"[{user}\n {reply}]"}, Demonstration((USER,), "a"), id="an array of Parquet"),
+        pytest.param("demonstration", {"messages": f"[{user} {reply}]"}, Demonstration((USER,), "a"), id="a short array"),
+        pytest.param("demonstration", {"messages": str([user, HARD])}, Demonstration((USER,), HARD["content"]), id="quotes and braces"),
+        pytest.param("demonstration", {"messages": f"[{user}\n {HARD}]"}, Demonstration((USER,), HARD["content"]), id="quotes and braces, an array"),
+    ],
+)  # fmt: skip
+def test_messages_that_pandas_printed_are_read(read, kind, row, record):
+    assert read(kind, row).records == [record]
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "pieces", "hint"),
     [
-        pytest.param("ranking", {"chosen": NOTATION, "rejected": str([user, other])}, ["Python's notation"], "to_json", id="pandas, whole"),
-        pytest.param("ranking", {"prompt": "p", "chosen": str([reply]), "rejected": "b"}, ["`chosen`", "Python's notation"], "to_json", id="pandas, a completion"),
-        pytest.param("demonstration", {"messages": NOTATION}, ["`messages`", "Python's notation"], "to_json", id="pandas, messages"),
+        pytest.param("ranking", {"chosen": NOTATION[:-5], "rejected": str([user, other])}, ["Python's notation"], "to_json", id="printed, cut off"),
+        pytest.param("demonstration", {"messages": f"[{user}, ..., {reply}]"}, ["`messages`", "Python's notation"], "to_json", id="a long array, shortened"),
+        pytest.param("demonstration", {"messages": f"[{user}, {{'role': 'assistant', 'content': 'a' 'b'}}]"}, ["Python's notation"], "to_json", id="not what Python prints"),
         pytest.param("demonstration", {"text": f"array([{reply}], dtype=object)"}, ["Python's notation"], "to_json", id="numpy"),
         pytest.param("ranking", {"chosen": json.dumps([user, reply])[:-5], "rejected": json.dumps([user, other])}, ["cut off?"], "32,767", id="cut by a spreadsheet"),
         pytest.param("demonstration", {"system": "s", "messages": [{"role": "system", "content": "t"}, user, reply]}, ["given twice"], "keep one", id="two system messages"),

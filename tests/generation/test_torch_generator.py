@@ -186,7 +186,7 @@ def test_a_row_counts_when_it_ends(tiny_llama):
     (first, *_) = generate(policy, [1, 1, 1], PROMPTS[:3])
     policy.stop_ids.add(first.ids[1])  # ends this row after two tokens
     done: list[int] = []
-    drawn = TorchGenerator().generate(policy, requests, progress=lambda count, _: done.append(count))
+    drawn = TorchGenerator().generate(policy, requests, progress=lambda count, *_: done.append(count))
     assert [sum(done[:count]) for count in range(1, len(done) + 1)] == [
         sum(len(one.ids) <= count for one in drawn) for count in range(1, len(done) + 1)
     ]

@@ -77,6 +77,36 @@ def test_changed_data_under_unfinished_work_is_refused(toy):
     assert "the content of `data.prompts` changed" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "settings", "expected"),
+    [
+        pytest.param('{"prompt": "a"}\n{"prompt": \n', [], "prompts.jsonl:2: the record ends", id="broken"),
+        pytest.param('{"text": "a"}\n', [], "prompts.jsonl:1: ", id="without-a-prompt"),
+        pytest.param(None, [], "prompts.jsonl: no such file", id="missing"),
+        pytest.param(
+            '{"text": "a"}\n',
+            ["--set", "data.columns={prompt: ask}"],
+            "`data.columns` maps `prompt` to `ask`, which is not there",
+            id="unknown-column",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["run", "dry-run"])
+@pytest.mark.slow
+def test_what_is_wrong_with_a_changed_input_is_said_before_that_it_changed(toy, content, settings, expected, dry_run):
+    toy.run(FAKE_DIE="ppo")
+    toy.ran()
+    if content is None:
+        (toy.folder / "prompts.jsonl").unlink()
+    else:
+        toy.write("prompts.jsonl", content)
+    refused = toy.run("--from", "ppo", *settings, *dry_run)
+    assert refused.code == 65, refused.stderr
+    assert expected in " ".join(refused.stderr.split())
+    assert "started differently" not in refused.stderr
+    assert toy.ran() == []
+
+
 @pytest.mark.slow
 def test_effort_settings_may_change_under_unfinished_work(toy):
     toy.run(FAKE_DIE="ppo")

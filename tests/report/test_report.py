@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import UsageError
+from rlhf_cli.files import WrittenFiles, hash_file
 from rlhf_cli.pipeline.manifest import read_manifest
 from rlhf_cli.report import build, tables
 from rlhf_cli.report.build import write_charts, write_report
@@ -226,10 +228,52 @@ def test_the_command_writes_a_picture_beside_every_chart(runs, tmp_path):
     assert json.loads(shown.stdout)["verdict"] == "It worked"
     page = (run / "report.html").read_text()
     pictures = {path.name for path in Path(json.loads(shown.stdout)["charts"]).iterdir()}
-    assert page.count('<svg class="chart"') == len(pictures)
+    assert "charts.json" in pictures
+    assert page.count('<svg class="chart"') == len(pictures) - 1
     assert {"ppo-kl.png", "ppo-reward-against-the-square-root-of-the-kl.png", "sft-loss.png"} <= pictures
     assert "reward-model-is-its-confidence-justified.png" in pictures
     assert f"charts as PNG files: {run / 'report-charts'}" in shown.stderr.replace("\n", "")
+
+
+def test_pictures_of_an_earlier_report_are_removed_but_nothing_of_the_user(runs, tmp_path, capsys):
+    run = runs.write()
+    folder = write_charts(write_report([run], run / "report.html"))
+    assert folder is not None
+    (folder / "sft-mine.png").write_bytes((folder / "sft-loss.png").read_bytes())
+    (folder / "ppo-kl.png").write_bytes(b"edited by the user")
+    (folder / "notes.txt").write_text("mine")
+    earlier = {path.name for path in folder.iterdir()}
+    for stage in ("sft", "ppo"):
+        shutil.rmtree(run / stage)
+    capsys.readouterr()
+    assert write_charts(write_report([run], run / "report.html")) == folder
+    left = {path.name for path in folder.iterdir()}
+    assert {"sft-mine.png", "ppo-kl.png", "notes.txt"} <= left
+    assert "sft-loss.png" not in left
+    assert "reward-model-is-its-confidence-justified.png" in left
+    said = "".join(capsys.readouterr().err.split())
+    for name in earlier - left:
+        assert f"removed{folder / name}:ofthereportbefore" in said
+    shutil.rmtree(run / "train-rm")
+    assert write_charts(write_report([run], run / "report.html")) is None
+    assert {path.name for path in folder.iterdir()} == {"sft-mine.png", "ppo-kl.png", "notes.txt"}
+
+
+def test_a_list_of_pictures_that_names_other_folders_removes_nothing_there(tmp_path):
+    outside = tmp_path / "theirs.png"
+    outside.write_bytes(b"x")
+    folder = tmp_path / "charts"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(outside)
+    digest = hash_file(outside)
+    names = ("../theirs.png", str(outside), "link.png")
+    (folder / "charts.json").write_text(json.dumps(dict.fromkeys(names, digest)))
+    assert WrittenFiles(folder / "charts.json").replace([]) == []
+    assert outside.exists()
+    assert (folder / "link.png").is_symlink()
+    for damaged in ("[1]", "{", '{"a.png": 1}'):
+        (folder / "charts.json").write_text(damaged)
+        assert WrittenFiles(folder / "charts.json").replace([]) == []
 
 
 def test_without_matplotlib_there_are_no_pictures_and_it_is_said(runs, monkeypatch, capsys):

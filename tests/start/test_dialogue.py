@@ -10,7 +10,7 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.start.questions import Given, Questions
 from tests.start.conftest import QUESTIONS
-from tests.terminals import Terminal
+from tests.terminals import Terminal, screen_of
 
 
 @pytest.fixture
@@ -105,6 +105,24 @@ def test_an_encoder_decoder_can_only_be_rewarded_directly(answer, tiny_t5, quest
     assert "cannot be used" in shown
 
 
+@pytest.mark.parametrize("written", ["'{}'", '"{}"', "{}"], ids=["quoted", "double quotes", "as it is"])
+def test_a_path_with_spaces_may_be_written_as_in_a_shell(answer, tiny_llama, tmp_path, written):
+    (tmp_path / "My Data").mkdir()
+    (tmp_path / "My Data" / "it.txt").write_text("\n".join(QUESTIONS))
+    plan, _ = answer(tiny_llama, written.format("My Data/it.txt"), "1", "")
+    assert plan.prompts.source == "My Data/it.txt"
+    plan, _ = answer(tiny_llama, "My\\ Data/it.txt", "1", "")
+    assert plan.prompts.source == "My Data/it.txt"
+
+
+def test_enter_goes_back_from_what_the_reply_leads_to(answer, tiny_llama, questions):
+    replies = [tiny_llama, questions, "2", "nothing.csv", "", "3", "", "4", "", "1", ""]
+    plan, shown = answer(*replies)
+    assert plan.labels.source == "people"
+    assert shown.count("Who says which completions are better?") == 4
+    assert shown.count("(Enter alone goes back)") == 3
+
+
 def test_nobody_is_asked_without_a_reader():
     with pytest.raises(UsageError):
         Questions(Given(), None).draft()
@@ -131,6 +149,22 @@ def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
     assert terminal.text.splitlines()[-1].endswith("# talk to the models before and after PPO")
     assert "steps: 5" in (tmp_path / "new.yaml").read_text()
     assert (tmp_path / "mine.yaml").read_text() == "name: old\n"
+
+
+@pytest.mark.slow
+def test_what_is_typed_during_the_spinner_answers_the_next_question(tmp_path):
+    terminal = Terminal(80, "start", cwd=tmp_path)
+    terminal.until(r"1\. Which model[^>]*> ")
+    terminal.type("no model\n")
+    terminal.until("reading its files")
+    terminal.type("other\n")
+    shown = terminal.until("other: no such model folder[^>]*> ")
+    assert shown.index("no model: no such") < shown.index("> other")
+    terminal.type("\x03")
+    terminal.until("no recipe was written")
+    assert terminal.process.wait(timeout=60) == 1
+    lines = [line for line in screen_of(terminal.raw, 80) if "reading its files" in line]
+    assert lines == [], "a spinner stays on the screen"
 
 
 @pytest.mark.slow
