@@ -208,6 +208,7 @@ def main() -> None:
         if is_main():
             (folder / f"{case}.json").write_text(json.dumps(found))
             print(case, found, flush=True)
+    ProcessGroup().barrier()  # process 0 may still work alone, and would end if the others were gone
     leave()
 
 
