@@ -20,7 +20,7 @@ class CompletionFile:
     """A growing `samples.jsonl`, one line per completion. Each process has its own file (`samples-1.jsonl`, ...).
 
     Args:
-        path: file of rank 0. Whole chunks that killed runs wrote are kept, whatever their number of processes.
+        path: file of rank 0. What killed runs wrote is kept, whatever their chunks and their number of processes.
         chunks: numbers of the prompts in each chunk, in the order they are sampled; each prompt is in one chunk.
         per_prompt: completions per prompt (K).
         processes: of the run, which share the missing chunks.
@@ -31,24 +31,19 @@ class CompletionFile:
     ) -> None:
         self._folder, self._name, self._per_prompt = path.parent, path.stem, per_prompt
         self._processes = processes or ProcessGroup()
-        self._chunks = {chunk[0]: chunk for chunk in chunks}
+        self._numbers = {number for chunk in chunks for number in chunk}
         done: list[int] | None = None
         if self._processes.is_main:  # it alone truncates files, before any process appends
-            found = {file: self._scan(file) for file in self._files()}
-            for file, (_, size) in found.items():
-                if (torn := file.stat().st_size - size) > 0:
-                    warn(f"the last {torn:,} bytes of {file} are torn or damaged: those completions are sampled again")
-                with file.open("ab") as opened:
-                    opened.truncate(size)
-            done = [first for firsts, _ in found.values() for first in firsts]
+            done = sorted(self._repair())
         self._done = set(self._processes.all_gather_object(done)[0])
-        missing = [chunk for first, chunk in self._chunks.items() if first not in self._done]
+        left = ([number for number in chunk if number not in self._done] for chunk in chunks)
+        missing = [chunk for chunk in left if chunk]
         self._mine = self._processes.shard(missing)
 
     @property
     def done(self) -> int:
         """Number of completions on disk."""
-        return self._per_prompt * sum(len(self._chunks[first]) for first in self._done)
+        return self._per_prompt * len(self._done)
 
     @property
     def left(self) -> int:
@@ -82,7 +77,7 @@ class CompletionFile:
                 before_chunk()
                 after_chunk(self.add(chunk, sample(chunk)))
         self._processes.barrier()
-        self._done = set(self._chunks)
+        self._done = set(self._numbers)
 
     def add(self, chunk: Sequence[int], completions: Sequence[Completion]) -> dict[int, list[Completion]]:
         """Append a chunk to the file of this process; returns number -> K completions once they are on disk.
@@ -91,8 +86,8 @@ class CompletionFile:
             DiskError: see `fill`.
         """
         own, count = self._path(self._processes.index), self._per_prompt
-        numbers = [number for number in chunk for _ in range(count)]
-        lines = b"".join(_line(number, one) for number, one in zip(numbers, completions, strict=True))
+        places = [(number, len(chunk) - at) for at, number in enumerate(chunk, 1) for _ in range(count)]
+        lines = b"".join(_line(*place, one) for place, one in zip(places, completions, strict=True))
         try:
             append(own, lines)
         except OSError as error:
@@ -100,7 +95,7 @@ class CompletionFile:
                 f"cannot write {len(lines):,} bytes to {own}: {error.strerror or error}",
                 hint="free some space and run the same command again; completions sampled before are kept",
             ) from error
-        self._done.add(chunk[0])
+        self._done.update(chunk)
         return {number: list(completions[at * count : (at + 1) * count]) for at, number in enumerate(chunk)}
 
     def read(self) -> list[list[Completion]]:
@@ -119,7 +114,7 @@ class CompletionFile:
                         raise DataError(
                             f"{path} was damaged while it was in use", hint="run the same command again to repair it"
                         )
-                    number, completion = found
+                    number, completion, _ = found
                     completions.setdefault(number, []).append(completion)
         return completions
 
@@ -129,41 +124,66 @@ class CompletionFile:
     def _files(self) -> list[Path]:
         return [*self._folder.glob(f"{self._name}.jsonl"), *sorted(self._folder.glob(f"{self._name}-*.jsonl"))]
 
-    def _scan(self, path: Path) -> tuple[list[int], int]:
-        """Return the first prompt of each whole chunk in a file, and the bytes of these chunks.
+    def _repair(self) -> set[int]:
+        """Cut off what a kill left unfinished; returns the prompts whose completions are on disk."""
+        done: set[int] = set()
+        for file in self._files():
+            numbers, size = self._scan(file)
+            if (torn := file.stat().st_size - size) > 0:
+                warn(f"the last {torn:,} bytes of {file} are torn or damaged: those completions are sampled again")
+            with file.open("ab") as opened:
+                opened.truncate(size)
+            done |= numbers
+        return done
 
-        A kill can leave half a line or half a chunk.
+    def _scan(self, path: Path) -> tuple[set[int], int]:
+        """Return the prompts of all whole chunks in a file, and the bytes of these chunks.
+
+        A kill can leave half a line or half a chunk, which is sampled again whole: its completions were computed
+        together. Chunks may have other sizes than those of this run.
         """
         lines = path.read_bytes().split(b"\n")[:-1]
-        prompts = [None if (found := _parse(line)) is None else found[0] for line in lines]
-        done: list[int] = []
-        size = position = 0
-        while position < len(lines):
-            first = prompts[position]
-            chunk = () if first is None else self._chunks.get(first, ())
-            expected = [number for number in chunk for _ in range(self._per_prompt)]
-            if not expected or prompts[position : position + len(expected)] != expected:
+        done: set[int] = set()
+        chunk: list[int] = []
+        size = end = 0
+        for start in range(0, len(lines), self._per_prompt):
+            group = lines[start : start + self._per_prompt]
+            found = {None if (one := _parse(line)) is None else (one[0], one[2]) for line in group}
+            first = found.pop()
+            if first is None or found or len(group) < self._per_prompt:
                 break
-            done.append(expected[0])
-            size += sum(len(line) + 1 for line in lines[position : position + len(expected)])
-            position += len(expected)
+            number, to_come = first
+            if number not in self._numbers or number in done or number in chunk:
+                break
+            chunk.append(number)
+            end += sum(len(line) + 1 for line in group)
+            if to_come == 0:
+                done.update(chunk)
+                chunk, size = [], end
         return done, size
 
 
-def _line(prompt: int, completion: Completion) -> bytes:
-    """Return a line with a checksum: after a flipped bit in a text, the line would still be JSON."""
-    plain = {"prompt": prompt, **asdict(completion)}
+def _line(prompt: int, to_come: int, completion: Completion) -> bytes:
+    """Return a line with a checksum: after a flipped bit in a text, the line would still be JSON.
+
+    Args:
+        prompt: its number.
+        to_come: prompts of the same chunk that follow.
+        completion: of the prompt.
+    """
+    plain = {"prompt": prompt, "to_come": to_come, **asdict(completion)}
     del plain["logprobs"]  # of use to PPO alone, which keeps no completions
     return json.dumps(plain | {"crc32": _crc32(plain)}, ensure_ascii=False).encode() + b"\n"
 
 
-def _parse(line: bytes) -> tuple[int, Completion] | None:
-    """Return the number of the prompt and the completion in a line; None if the line is torn or damaged."""
+def _parse(line: bytes) -> tuple[int, Completion, int] | None:
+    """Return prompt, completion and how many prompts of the chunk are to come; None if the line is torn or damaged."""
     try:
         plain = json.loads(line)
         if plain.pop("crc32") != _crc32(plain):
             return None
-        return plain.pop("prompt"), Completion(**plain)
+        prompt, to_come = plain.pop("prompt"), plain.pop("to_come", 0)  # earlier versions did not write it
+        return prompt, Completion(**plain), to_come
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -64,6 +64,23 @@ def test_a_file_torn_at_any_byte_is_completed_to_the_same_bytes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "chunks", [[[0, 1, 2, 3, 4]], [[0], [1], [2], [3], [4]], [[2, 0, 1, 4, 3]], [[4, 0], [2, 1], [3]]]
+)
+@pytest.mark.parametrize(("lines", "left"), [(8, [3]), (6, [1, 3, 4]), (5, [1, 3, 4]), (2, [0, 1, 2, 3, 4])])
+def test_other_chunks_keep_whole_chunks_of_before(chunks: list[list[int]], lines: int, left: list[int], tmp_path: Path):
+    """Such as after a change of `batch_size`: a chunk that was not whole is sampled again, and nothing else."""
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b"".join(whole(tmp_path).splitlines(keepends=True)[:lines]))
+    log: list[int] = []
+    file = CompletionFile(path, chunks, 2)
+    assert file.done == 2 * (5 - len(left))
+    file.fill(sampler(log), lambda: None)
+    assert sorted(log) == left
+    assert [[completion.ids for completion in group] for group in file.read()] == [[[n, 0], [n, 1]] for n in range(5)]
+    assert CompletionFile(path, CHUNKS, 2).done == 10
+
+
+@pytest.mark.parametrize(
     "damage", [b"garbage\n", b'{"prompt": 9, "ids": [], "text": "", "finished": true}\n', b"\x00\xff\n"]
 )
 def test_damage_is_cut_off_with_what_follows(damage: bytes, tmp_path: Path):
