@@ -137,13 +137,15 @@ def bar_of_tasks(console: Console) -> Progress:
                 yield Constrain(Text(_Notice.text, style="yellow"), width)
 
         def start(self) -> None:
-            _Notice.bars += 1
             super().start()
+            _Notice.bars += 1
 
         def stop(self) -> None:
-            super().stop()
-            _Notice.bars -= 1
-            _Notice.text = _Notice.text if _Notice.bars else ""
+            try:
+                super().stop()
+            finally:
+                _Notice.bars -= 1
+                _Notice.text = _Notice.text if _Notice.bars else ""
 
     def column() -> Column:
         return Column(no_wrap=True)

@@ -70,9 +70,11 @@ class BackgroundCommand:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
-        self._channel.close()
-        self._output.close()
+        try:
+            self.stop()
+        finally:
+            self._channel.close()
+            self._output.close()
 
     @property
     def is_running(self) -> bool:
@@ -103,15 +105,16 @@ class BackgroundCommand:
         try:
             self._thread.join(_AT_ONCE)
             if self._thread.is_alive():
-                print(
-                    "waiting until sampling stops after its token, up to 20 seconds; Ctrl-C stops it at once",
-                    file=sys.stderr,
-                )
+                with contextlib.suppress(OSError):  # the terminal may have been closed
+                    print(
+                        "waiting until sampling stops after its token, up to 20 seconds; Ctrl-C stops it at once",
+                        file=sys.stderr,
+                    )
                 self._thread.join(_LONGEST_STOP)
         except KeyboardInterrupt:
             pass  # what is on disk is complete
         if self.is_running:
-            self._kill()
+            self._signal_group(signal.SIGKILL)
         self._thread.join()
 
     def finish(self) -> None:
@@ -150,7 +153,8 @@ class BackgroundCommand:
 
     def _watch(self) -> None:
         """Read what the process reports until its end."""
-        with contextlib.suppress(OSError), self._channel.makefile("rb") as lines:
+        # ValueError: half a line, of a process that was killed while it wrote.
+        with contextlib.suppress(OSError, ValueError), self._channel.makefile("rb") as lines:
             for line in lines:
                 told = json.loads(line)
                 if "news" in told:
@@ -164,9 +168,9 @@ class BackgroundCommand:
             self.has_failed.set()
         self._changed.set()
 
-    def _kill(self) -> None:
+    def _signal_group(self, signum: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signum)
 
     @contextlib.contextmanager
     def _forwarding_signals(self) -> Iterator[None]:
@@ -184,6 +188,6 @@ class BackgroundCommand:
 
     def _suspend(self, signum: int, frame: FrameType | None) -> None:
         """Ctrl-Z: suspend the process together with this one, and resume it."""
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal_group(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
-        self._process.send_signal(signal.SIGCONT)
+        self._signal_group(signal.SIGCONT)

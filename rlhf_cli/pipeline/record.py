@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,12 +75,15 @@ def recipe_of(folder: Path, stage: str) -> Path:
 
 
 def last_command(folder: Path) -> str | None:
-    """Return the last command that ran in a run directory, as to be typed here; None if none is recorded."""
+    """Return the last command that ran in a run directory, as to be typed here to continue; None if none is recorded.
+
+    Without `--force`, which would discard the unfinished work.
+    """
     try:
         lines = (folder / COMMAND).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
-    typed = lines[-1].partition("  ")[2] if lines else ""
+    typed = re.sub(r" --force(?= |$)", "", lines[-1].partition("  ")[2]) if lines else ""
     return typed.removeprefix(f"cd {shlex.quote(str(Path.cwd()))} && ") or None
 
 

@@ -270,7 +270,7 @@ def test_a_conversation_that_does_not_continue_its_prompt_is_trained_as_it_is(ca
     check_records(format, [Demonstration(question, completion)] * 3)
     lines = said(capsys)
     assert lines.count("warning") == 1
-    assert "template of `r` writes" in lines
+    assert "template of `r` ends a prompt" in lines
     assert "<think>" in lines
 
 

@@ -65,11 +65,28 @@ def _printed(text: str) -> object:
             continue
         if isinstance(value, dict) and repr(value) == text:
             return value
-        if isinstance(value, list):
-            entries = r"(?:, |\s+)".join(re.escape(repr(entry)) for entry in value)
-            if re.fullmatch(rf"\[{entries}\]", text):
-                return value
+        if isinstance(value, list) and _prints(value, text):
+            return value
     return None
+
+
+def _prints(entries: list[object], text: str) -> bool:
+    """Whether a text is what Python prints for a list, entries separated by commas or by white space."""
+    at = 1
+    for number, entry in enumerate(entries):
+        if number:
+            separator = _SEPARATOR.match(text, at)
+            if separator is None:
+                return False
+            at = separator.end()
+        printed = repr(entry)
+        if not text.startswith(printed, at):
+            return False
+        at += len(printed)
+    return text.startswith("[") and text[at:] == "]"
+
+
+_SEPARATOR = re.compile(r", |\s+")
 
 
 def is_turn(value: object) -> bool:

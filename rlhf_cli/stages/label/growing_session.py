@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from rlhf_cli.data.records import Candidates, Prompt
 from rlhf_cli.distributed.worker import hand_over, is_handed_over
@@ -28,8 +28,8 @@ def growing_session(context: LabelContext, prompts: Sequence[Prompt]) -> Iterato
     """
     assert context.settings.human is not None
     check_installed(context.settings.human.aggregation)
-    with closing(LabelSession(context.kept / STORE)) as session:
-        yield _GrowingSession(context, session, prompts).receive
+    with ExitStack() as stack:
+        yield _GrowingSession(context, prompts, stack).receive
 
 
 class _GrowingSession:
@@ -37,12 +37,13 @@ class _GrowingSession:
 
     Args:
         context: of the stage.
-        session: with an earlier plan, or none.
         prompts: N prompts.
+        stack: closes the session.
     """
 
-    def __init__(self, context: LabelContext, session: LabelSession, prompts: Sequence[Prompt]) -> None:
-        self._context, self._session, self._prompts = context, session, prompts
+    def __init__(self, context: LabelContext, prompts: Sequence[Prompt], stack: ExitStack) -> None:
+        self._context, self._prompts, self._stack = context, prompts, stack
+        self._session: LabelSession | None = None
         self._sampled = self._listed = 0
 
     def receive(self, sampled: Mapping[int, list[Completion]]) -> None:
@@ -51,9 +52,10 @@ class _GrowingSession:
             Candidates(self._prompts[number], tuple(one.text for one in sampled[number])) for number in sorted(sampled)
         )
         items = [item for item in map(distinct, given) if len(item.completions) > 1]
-        is_first, self._sampled = not self._sampled, self._sampled + len(sampled)
+        self._sampled += len(sampled)
         growth = Growth(self._sampled, len(self._prompts))
-        if is_first:
+        if self._session is None:  # not earlier: an empty store would pass for one in which everything is labeled
+            self._session = self._stack.enter_context(closing(LabelSession(self._context.kept / STORE)))
             label, seed = self._context.settings, self._context.recipe.seed
             plan = label_plan(label, seed, source_of(self._context.inputs.guidelines))
             self._session.begin_growth(plan, items, gold_items(self._context), growth=growth)

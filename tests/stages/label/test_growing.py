@@ -94,6 +94,16 @@ def test_labels_given_during_sampling_make_the_same_rankings(run, tmp_path):
     assert [int(row["prompt"].split()[1][:-1]) for row in meanwhile] == list(range(COUNT))
 
 
+def test_no_store_that_looks_complete_before_the_first_completions(run, tmp_path):
+    def stop_at_first(call: int) -> None:
+        assert not (tmp_path / "run" / STORE).exists()
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(Drawn(stop_at_first))
+    assert not (tmp_path / "run" / STORE).exists()
+
+
 @pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), DiskError("full"), RLHFError("out of memory")])
 def test_sampling_that_ends_early_loses_no_label_and_goes_on(run, tmp_path, error):
     def fail_at_third(call: int) -> None:
