@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -16,11 +17,24 @@ def keep_freed_memory() -> None:
     more to the system each time, and every page of the next block is a fault: in full fine-tuning of a small model on a
     CPU a fifth of the time. Up to 2 GiB of a process stay resident so. What a user set in the environment stays.
     """
+    _set_glibc({_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1})  # the largest number that it takes
+
+
+def return_freed_memory() -> None:
+    """Let glibc return each block of 1 MiB and more to the system when it is freed.
+
+    A sharded model gathers blocks of weights all the time, also in threads of gloo, each with a heap of its own. By
+    default, what these keep took several times the memory of the weights. What a user set in the environment stays.
+    """
+    _set_glibc({_MMAP_THRESHOLD: 1 << 20})
+
+
+def _set_glibc(parameters: Mapping[int, int]) -> None:
     chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if sys.platform != "linux" or chosen or (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
         return
-    mallopt(_MMAP_THRESHOLD, 1 << 30)
-    mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)  # the largest number that it takes
+    for parameter, value in parameters.items():
+        mallopt(parameter, value)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

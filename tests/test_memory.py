@@ -68,3 +68,31 @@ def test_the_next_pass_finds_the_pages_of_the_last_one():
 def test_what_a_user_set_stays():
     found, _ = faults("keep", MALLOC_MMAP_THRESHOLD_="1000000")
     assert found > 5 * 15_000
+
+
+RETURNED = """
+import ctypes, resource, sys
+from rlhf_cli.memory import return_freed_memory
+if sys.argv[1] == "return":
+    return_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.free(libc.malloc(30 << 20))  # by default, glibc then takes blocks of up to this size from its heap
+blocks = [libc.malloc(20 << 20) for _ in range(10)]
+pin = libc.malloc(1000)  # small blocks behind them
+for block in blocks:
+    ctypes.memset(block, 1, 20 << 20)
+    libc.free(block)
+with open("/proc/self/statm") as file:
+    print(int(file.read().split()[1]) * resource.getpagesize())
+"""
+
+
+def test_a_sharded_run_gives_back_what_it_frees_behind_blocks_that_it_uses():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    default, returned = (
+        int(subprocess.run([sys.executable, "-c", RETURNED, how], env=environment, capture_output=True, text=True,
+                           check=True).stdout)
+        for how in ("default", "return")
+    )  # fmt: skip
+    assert default - returned > 150e6

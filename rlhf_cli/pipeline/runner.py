@@ -20,7 +20,7 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RequirementError, RLHFError
-from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory
+from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory, return_freed_memory
 from rlhf_cli.models.resources import Extent, ModelShape
 from rlhf_cli.pipeline.agreement import check_agreement
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
@@ -109,7 +109,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     limit_threads(recipe.model.threads)
-    keep_freed_memory()
+    keep_freed_memory() if recipe.model.sharding == "none" else return_freed_memory()
     join_launched()
     coordinator = Coordinator(partial(check_agreement, recipe, folder))
     if not is_main():
