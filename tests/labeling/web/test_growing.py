@@ -72,7 +72,7 @@ def test_a_page_that_waits_goes_on_by_itself(browser: Browser, tmp_path: Path):
                 page.get_by_text(f"Question {number}?").wait_for()
                 page.keyboard.type("ab" if number else "b")
                 page.keyboard.press("Enter")
-            page.get_by_text("The next task is on its way").wait_for()
+            page.get_by_role("heading", name="The next task is on its way").wait_for()
             assert "2 of 3 prompts sampled" in page.locator("#message-text").inner_text()
             sampler.prepare(LabelPlan(), items)
             page.get_by_text("Question 2?").wait_for()
