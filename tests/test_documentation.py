@@ -92,7 +92,7 @@ def parse(command: Any, words: list[str], parent: Any = None) -> None:
         context = command.make_context(words[0], [], parent=parent, resilient_parsing=True)
         if inner := command.get_command(context, words[1]):
             return parse(inner, words[1:], context)
-        if not words[1].startswith("-"):
+        if not words[1].startswith("-") and not (words[0] == "label" and words[1].endswith(".yaml")):  # its stage
             raise LookupError(f"no such command: {words[1]}")
     command.make_context(words[0], words[1:], parent=parent)
     return None
