@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.examples import Example
-from rlhf_cli.distributed.agreement import by_main
+from rlhf_cli.distributed.agreement import agreed, by_main
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
@@ -25,7 +25,7 @@ from rlhf_cli.models.lora import add_lora, cast_weights, merge_lora
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
-from rlhf_cli.models.sharded_loading import open_policy
+from rlhf_cli.models.sharded_loading import UnreadModel, open_policy
 from rlhf_cli.models.sharded_saving import ShardedWeights
 from rlhf_cli.models.sharding import computing, is_sharded
 from rlhf_cli.models.split_weights import copy_weights, join_weights
@@ -116,7 +116,9 @@ def save_policy(
     written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
     if in_memory is not None:
         in_memory.check(written, folder / ADAPTER_FOLDER)
-    return _checked_kl(trained, completion_logits(written, probe), folder)
+    kl = _mean_kl(trained, completion_logits(written, probe))
+    _check_kl(kl, folder)
+    return kl
 
 
 def _adapter_base(
@@ -129,12 +131,10 @@ def _adapter_base(
     return AdapterBase(path=base_path, revision=commit, sha256=hash_weights(path), dtype=name, quantize=quantize)
 
 
-def _checked_kl(trained: Sequence[Tensor], written: Sequence[Tensor], folder: Path) -> float:
-    kl = _mean_kl(trained, written)
+def _check_kl(kl: float, folder: Path) -> None:
     if not kl <= MAX_WRITTEN_KL:
         most = f"at most {MAX_WRITTEN_KL:.0e} can be due to rounding"
         raise not_as_trained(folder, f"their KL is {kl:.2g} nats per token, and {most}")
-    return kl
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,18 @@ class _ShardedPolicy:
         del copied, weights
         free_memory()
         by_main(self._check_files, processes)
-        written = open_policy(replace(self.source.in_full(), path=str(folder), revision=None, precision=torch.float32))
+        opened: list[UnreadModel] = []
+        agreed(lambda: opened.append(self._opened(in_memory)), processes)
+        kl = _mean_kl(trained, completion_logits(opened[0].read(), probe))
+        agreed(lambda: _check_kl(kl, folder), processes)
+        return kl
+
+    def _opened(self, in_memory: AdapterInMemory | None) -> UnreadModel:
+        """Open what was written, and check its adapter."""
+        written = open_policy(replace(self.source.to_compare(), path=str(self.folder), revision=None))
         if in_memory is not None:
-            in_memory.check(written.model, folder / ADAPTER_FOLDER)
-        return _checked_kl(trained, completion_logits(written.read(), probe), folder)
+            in_memory.check(written.model, self.folder / ADAPTER_FOLDER)
+        return written
 
     def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
         if self.adapter is None:

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, ServerLostError
 from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
@@ -92,7 +93,8 @@ class VLLMServerGenerator:
         requests = probe_requests(policy)
         drawn = self._drawn(policy, requests, PROBE, (), jointly=True)
         with policy.model() as model:
-            check_probabilities(policy, model, requests, [(one.ids, finite(one.logprobs)) for one in drawn])
+            found = [(one.ids, finite(one.logprobs)) for one in drawn]
+            agreed(lambda: check_probabilities(policy, model, requests, found), self._processes)
 
     @torch.no_grad()
     def generate(

@@ -20,6 +20,7 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.accelerate_settings import USE_CPU, wants_cpu
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.attention import is_our_attention
 from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.gpu_check import unused_gpu
 from rlhf_cli.models.hub import commit_of, hub_model, local_folder
@@ -102,6 +103,11 @@ class ModelSource:
         """Return this source on the CPU, not quantized, where the attention of a GPU may not run."""
         attention = self.attention if self.device.type == "cpu" else "eager"
         return replace(self, device=torch.device("cpu"), attention=attention, quantize="none")
+
+    def to_compare(self) -> ModelSource:
+        """Return this source in float32, with an attention that computes in it: flash kernels take 16 bits only."""
+        attention = self.attention if is_our_attention(self.attention) else "eager"
+        return replace(self.in_full(), precision=torch.float32, attention=attention)
 
     def keeps_adapter(self, dtype: torch.dtype | None) -> bool:
         """Whether `load_weights` splits an adapter off the weights into which it was merged."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.checkpoint import Checkpoint
@@ -87,6 +88,7 @@ class UnreadModel:
         low_rank = (layer for layer in module.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
         separated = {id(layer.weight): layer for layer in low_rank}
         for name, weight in module.named_parameters():
+            beat()
             stored = self.stored.get(plain_name(prefix + name))
             if isinstance(weight, DTensor) or stored is None:
                 continue

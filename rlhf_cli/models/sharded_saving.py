@@ -7,7 +7,6 @@ it is gathered; the others take part. What is in memory is then a part of every 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.adapter_layers import adapter_layers, adapter_state, load_adapter_state
+from rlhf_cli.models.attention import is_our_attention
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
@@ -133,14 +133,16 @@ class ShardedWeights:
         """Return a sharded copy that computes in float32, with the adapter beside its weights.
 
         Args:
-            source: of the model; device and attention of the copy.
+            source: of the model; gives device and attention of the copy, see `ModelSource.to_compare`.
             keeps: keep the weights of the model; otherwise the parts of each are freed when it is copied, and the model
                 cannot be used any more.
         """
-        model = skeleton_of(self._model)
+        source, model = source.to_compare(), skeleton_of(self._model)
+        if not is_our_attention(source.attention):  # `read` sets ours
+            model.set_attn_implementation(source.attention)
         self._add_adapter(model)
         stored: Any = {name: _Live(self, weight, keeps) for name, weight in self._weights.items()}
-        copy = UnreadModel(model, replace(source.in_full(), precision=torch.float32), stored).read()
+        copy = UnreadModel(model, source, stored).read()
         free_memory()
         return copy.requires_grad_(False)
 

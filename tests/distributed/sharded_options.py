@@ -24,6 +24,7 @@ from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_generator import VLLMServerGenerator
+from rlhf_cli.models import sharding
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.models.sharding import local, whole
@@ -103,6 +104,8 @@ class Run:
 
     def _reward(self, prompts: list[str], texts: list[str], columns: object) -> Scores:
         vowels = [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts]
+        with self.loaded.models.policy() as policy:
+            assert not getattr(policy, sharding._IS_GATHERED, False), "the policy is whole while texts are scored"
         model = self.loaded.reward_model
         scores = [0.0] * len(texts) if model is None else model.score(prompts, texts)
         return Scores([one + 0.1 * other for one, other in zip(vowels, scores, strict=True)], {})

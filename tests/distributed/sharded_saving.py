@@ -8,28 +8,38 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup, leave
-from rlhf_cli.errors import RLHFError
+from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.generation import policy_saving
+from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy_saving import TrainedAdapter, save_policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.adapter_layers import adapter_state
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.reward_model import verification
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, new_reward_model
 from rlhf_cli.models.reward_model.sharded import load_divided, new_sharded_reward_model
 from rlhf_cli.models.reward_model.verification import save_trained_reward_model
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.models.sharded_loading import open_policy
 from rlhf_cli.models.sharding import assign, is_divided, local, whole
+from rlhf_cli.models.verification import AdapterInMemory
 from rlhf_cli.models.weight_files import WeightFiles
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.critic import FullCritic
 from rlhf_cli.stages.ppo.critic_initialization import model_from_policy, sharded_from_policy
+from rlhf_cli.stages.ppo.model_saving import sample_probe
 from rlhf_cli.stages.ppo.models import SharedBackbone
 
 LORA = LoraSettings(rank=3)
@@ -163,6 +173,77 @@ def fault(model: Path, kind: str, folder: Path) -> dict[str, object]:
     return {"told": ProcessGroup().all_gather_object(told)}
 
 
+def alone(model: Path, kind: str, what: str, folder: Path) -> dict[str, object]:
+    """Let process 1 alone fail to open what was written, or find a difference; every process must end."""
+    patch, told = pytest.MonkeyPatch(), []
+
+    def unseen(*_given: object, **_options: object) -> None:
+        raise ModelError("this folder is not here")
+
+    for adapter in ("none", "lora"):
+        ProcessGroup().barrier()
+        if not ProcessGroup().is_main:
+            if what == "differs":
+                patch.setattr(policy_saving, "_mean_kl", lambda trained, written: 1.0)
+                patch.setattr(verification, "largest_difference", lambda trained, written: 1.0)
+            elif kind == "policy":
+                patch.setattr(AdapterInMemory if adapter == "lora" else policy_saving,
+                              "check" if adapter == "lora" else "open_policy", unseen)  # fmt: skip
+            else:
+                patch.setattr(verification, "read_tensors" if adapter == "lora" else "check_classifier", unseen)
+        try:
+            if kind == "policy":
+                source, trained = source_of(model, "float32"), TrainedAdapter("default", LORA)
+                loaded = load(source, adapter, is_sharded=True)
+                save_policy(
+                    loaded, load_tokenizer(source), folder / adapter, source=source, probe=PROBE,
+                    adapter=trained if adapter == "lora" else None,
+                )  # fmt: skip
+            else:
+                reward(model, adapter, "float32", folder / adapter, is_sharded=True)
+            told.append("")
+        except RLHFError as error:
+            told.append(f"{type(error).__name__}: {error.message}")
+        patch.undo()
+    return {"told": list(zip(*ProcessGroup().all_gather_object(told), strict=True))}
+
+
+def attention(model: Path, folder: Path) -> dict[str, object]:
+    """Return the attention with which the trained and the written model compute what is compared."""
+    patch, used = pytest.MonkeyPatch(), {"policy": [], "reward": []}
+    logits, rewards = policy_saving.completion_logits, verification._rewards
+
+    def of_policy(compared: PreTrainedModel, probe: list[Example]) -> list[Tensor]:
+        used["policy"].append(compared.config._attn_implementation)
+        return logits(compared, probe)
+
+    def of_reward(compared: RewardModel, probe: list[tuple[str, str]]) -> list[float]:
+        used["reward"].append(compared.model.config._attn_implementation)
+        return rewards(compared, probe)  # type: ignore[arg-type]
+
+    patch.setattr(policy_saving, "completion_logits", of_policy)
+    patch.setattr(verification, "_rewards", of_reward)
+    patch.setattr(sys.modules[__name__], "source_of", lambda path, precision: ModelSource(str(path), attention="sdpa"))
+    for kind in used:
+        KINDS[kind](model, "none", "float32", folder / kind, is_sharded=True)
+    patch.undo()
+    return used  # type: ignore[return-value]
+
+
+def probe(model: Path) -> dict[str, object]:
+    """Let each process draw other tokens; return those that each one gets."""
+    loaded, index = load(source_of(model, "float32"), "none", is_sharded=True), ProcessGroup().index
+    policy = SimpleNamespace(
+        model=lambda: nullcontext(loaded), sampling=Sampling(max_new_tokens=4), source=source_of(model, "float32")
+    )
+
+    def generate(_policy: object, requests: list[Request]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(ids=[7 + row, index]) for row in range(len(requests))]
+
+    drawn = sample_probe(policy, SimpleNamespace(ids=[[3, 4], [5]]), SimpleNamespace(generate=generate))  # type: ignore[arg-type]
+    return {"drawn": ProcessGroup().all_gather_object([list(one.completion_ids) for one in drawn])}
+
+
 def kept(model: Path, folder: Path) -> dict[str, object]:
     """Write a policy twice, the first time while it goes on training."""
     source = source_of(model, "float32")
@@ -189,6 +270,12 @@ def main() -> None:
             result = scores(root)
         elif kind in ("disk", "values"):
             result = fault(root / family, kind, folder)
+        elif kind == "attention":
+            result = attention(root / family, folder)
+        elif kind == "probe":
+            result = probe(root / family)
+        elif rest and rest[0] in ("unseen", "differs"):
+            result = alone(root / family, kind, rest[0], folder)
         elif kind == "kept":
             result = kept(root / family, folder)
         else:

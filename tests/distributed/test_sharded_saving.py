@@ -25,7 +25,18 @@ WRITTEN = (
     "qwen3_moe-policy-lora",
     "t5-policy-none",
 )
-CASES = (*WRITTEN, "all-scores", "llama-values", "llama-disk", "llama-kept")
+ALONE = ("unseen", "differs")
+"""Faults of reading back that process 1 alone has."""
+CASES = (
+    *WRITTEN,
+    "all-scores",
+    "llama-values",
+    "llama-disk",
+    "llama-kept",
+    "llama-attention",
+    "llama-probe",
+    *(f"llama-{kind}-{fault}" for kind in ("policy", "reward") for fault in ALONE),
+)
 """The reward models that are scored with are those that were written before."""
 
 
@@ -87,6 +98,25 @@ def test_a_fault_in_process_0_ends_all_processes_with_the_same_error(case: str, 
     first, second = found[case]["told"]
     assert first == second
     assert first.startswith(expected)
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("fault", ALONE)
+def test_a_fault_of_process_1_alone_ends_both_processes(kind: str, fault: str, found: dict[str, dict]):
+    expected = "ModelError: this folder is not here" if fault == "unseen" else "ModelError: the model written to"
+    for told in found[f"llama-{kind}-{fault}"]["told"]:
+        assert len(told) == 2
+        assert told[0] == told[1]
+        assert told[0].startswith(expected)
+
+
+def test_models_are_compared_with_an_attention_that_computes_in_float32(found: dict[str, dict]):
+    """Kernels of flash attention do not; here another one of transformers stands for them."""
+    assert found["llama-attention"] == {"policy": ["eager"] * 2, "reward": ["eager"] * 2}
+
+
+def test_all_processes_compare_on_what_process_0_drew(found: dict[str, dict]):
+    assert found["llama-probe"]["drawn"] == [[[7, 0], [8, 0]]] * 2
 
 
 def test_a_policy_can_be_written_while_it_trains_and_is_released_at_the_end(found: dict[str, dict]):

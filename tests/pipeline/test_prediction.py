@@ -241,6 +241,16 @@ def test_a_reward_model_of_its_own_is_divided_too_and_so_is_what_is_loaded_and_s
     assert half["save"] == {"policy": 1_900 * 4 / 2, "gathered": block, "other models": others}
 
 
+def test_policies_of_save_steps_are_copied_beside_all_that_trains():
+    settings = recipe("fsdp", adapter="none")
+    ppo = settings.section("ppo").model_copy(update={"save_steps": 1})  # type: ignore[attr-defined]
+    phases = ppo_memory(ppo, settings, Extent(SHAPE, processes=2, tokens=10, prompt=10)).phases  # type: ignore[arg-type]
+    held = {role: phases["passes"][role] for role in ("policy", "critic", "reference", "optimizer")}
+    copied = {"copy to write": 1_900 * 4 // 2, "gathered": (2 * 550 + 800) * 4}
+    assert phases["save_steps"] == held | copied
+    assert "save_steps" not in memory(2, sharding="fsdp", adapter="none")
+
+
 def test_gathered_adapters_have_frozen_weights_in_bfloat16():
     found = memory(2, sharding="fsdp", adapter="lora")
     assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.data.records import Prompt
-from rlhf_cli.distributed.agreement import by_main
+from rlhf_cli.distributed.agreement import agreed, by_main
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.adapter_files import read_adapter
@@ -20,6 +20,7 @@ from rlhf_cli.models.adapter_layers import adapter_state, load_adapter_state
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import cast_weights
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.models.reward_model.classifier import check_classifier
 from rlhf_cli.models.reward_model.files import (
     ADAPTER_FOLDER,
     HEAD_FILE,
@@ -101,18 +102,18 @@ def save_trained_reward_model(
     reward_model.model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     written = load_reward_model(replace(source, path=str(folder), revision=None, dtype=dtype), template=None)
     _in_float32(written)
-    return _checked_difference(expected, _rewards(written, probe), folder)
+    difference = largest_difference(expected, _rewards(written, probe))
+    _check_difference(difference, folder)
+    return difference
 
 
-def _checked_difference(trained: Sequence[float], written: Sequence[float], folder: Path) -> float:
-    difference = largest_difference(trained, written)
+def _check_difference(difference: float, folder: Path) -> None:
     if not difference <= MAX_REWARD_DIFFERENCE:
         raise not_as_trained(
             folder,
             f"its rewards differ by up to {difference:.2g}, and at most {MAX_REWARD_DIFFERENCE:.0e} can be due to "
             "rounding",
         )
-    return difference
 
 
 def largest_difference(trained: Sequence[float], written: Sequence[float]) -> float:
@@ -145,6 +146,11 @@ def _rewards(reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]]) -> 
     return reward_model.score([prompt for prompt, _ in probe], [completion for _, completion in probe], batch_size=1)
 
 
+def _check_opens(source: ModelSource) -> None:
+    read_reward_config(source.folder)
+    check_classifier(source)
+
+
 @dataclass(frozen=True)
 class _ShardedRewardModel:
     """A sharded reward model to write; see `save_trained_reward_model`."""
@@ -162,7 +168,8 @@ class _ShardedRewardModel:
             state = {key: whole(weight).cpu() for key, weight in adapter_state(trained.model).items()}
             write = partial(save_trained, trained, self.folder, state=state, head=head)
             by_main(lambda: save(write=write), processes)
-            written = self._read_adapter(state, head)
+            agreed(lambda: self._read_adapter(state, head), processes)
+            written = trained
         else:
             set_padding(trained.model, trained.format.tokenizer)
             by_main(lambda: save(write=lambda base, revision: None), processes)
@@ -171,21 +178,24 @@ class _ShardedRewardModel:
             expected = self._in_float32(weights, probe)
             del weights
             free_memory()
-            source = replace(trained.source.in_full(), path=str(self.folder), revision=None, precision=torch.float32)
+            source = replace(trained.source.to_compare(), path=str(self.folder), revision=None)
+            agreed(lambda: _check_opens(source), processes)
             written = load_sharded_reward_model(source, template=None)
         by_main(self._check_files, processes)
-        return _checked_difference(expected, _rewards(written, probe), self.folder)
+        difference = largest_difference(expected, _rewards(written, probe))
+        agreed(lambda: _check_difference(difference, self.folder), processes)
+        return difference
 
     def _in_float32(self, weights: ShardedWeights, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
         """Return the rewards of the trained model, whose weights are released, in float32."""
-        trained, source = self.trained, replace(self.trained.source.in_full(), precision=torch.float32)
+        trained, source = self.trained, self.trained.source.to_compare()
         copied = RewardModel(weights.copied(source, keeps=False), trained.format, source, is_encoder=False)
         copied.bias.copy_(trained.bias)
         copied.mean, copied.std = trained.mean, trained.std
         return _rewards(copied.eval(), probe)
 
-    def _read_adapter(self, state: dict[str, Tensor], head: dict[str, Tensor]) -> RewardModel:
-        """Check what was written, and return the reward model with it in place of what was trained."""
+    def _read_adapter(self, state: dict[str, Tensor], head: dict[str, Tensor]) -> None:
+        """Check what was written, and put it in the place of what was trained."""
         trained, folder = self.trained, self.folder
         AdapterInMemory.of(trained.model, state=state).check(trained.model, folder / ADAPTER_FOLDER)
         stored = read_tensors(folder / HEAD_FILE)
@@ -197,7 +207,6 @@ class _ShardedRewardModel:
         if trained.head.bias is None:
             trained.bias.copy_(stored["bias"])
         trained.mean, trained.std = config.mean, config.std
-        return trained
 
     def _check_files(self) -> None:
         check_float32(self.folder)

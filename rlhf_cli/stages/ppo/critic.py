@@ -245,7 +245,10 @@ class HeadCritic:
             _check_head(folder, self.value_head)
 
         with self._policy() as model:
-            by_main(write, ProcessGroup(model.device)) if is_sharded(model) else write()
+            if is_sharded(model):
+                by_main(write, ProcessGroup(model.device))
+            else:
+                write()
 
 
 def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:

@@ -73,6 +73,9 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
         "update": kept | state | gradients | activations | trained,
         "save": saving(extent, kept=kept_to_save, parts=parts, offloads=model.sharding_cpu_offload),
     }
+    if settings.save_steps is not None and parts > 1:  # beside all that trains: a copy, then what is read back
+        copied = {"copy to write": own(FLOAT32 * shape.weights), "gathered": shape.gathered(FLOAT32)}
+        phases["save_steps"] = weights | scoring | state | copied
     return memory_need(extent, phases, *(scoring if extent.on_cpu else ()))
 
 

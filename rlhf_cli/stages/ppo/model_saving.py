@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.data.examples import Example
-from rlhf_cli.distributed.agreement import by_main
+from rlhf_cli.distributed.agreement import agreed, by_main
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
@@ -22,6 +22,7 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.models.saving import writing
 from rlhf_cli.models.sharding import is_sharded
 from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
@@ -70,11 +71,15 @@ def save_ppo_models(
     models.save_critic(folder / "critic")
 
     def write_tokenizer() -> None:
-        tokenizer.save_pretrained(folder / "critic")
+        with writing("the critic's tokenizer", folder):
+            tokenizer.save_pretrained(folder / "critic")
         check_tokenizer(tokenizer, folder / "critic", source)
 
     with models.policy() as model:
-        by_main(write_tokenizer, ProcessGroup(source.device)) if is_sharded(model) else write_tokenizer()
+        if is_sharded(model):
+            by_main(write_tokenizer, ProcessGroup(source.device))
+        else:
+            write_tokenizer()
     adapter = TrainedAdapter(POLICY, settings.lora) if settings.adapter == "lora" else None
     with models.policy() as model:
         generation = sampling.generation(model, tokenizer, stop_ids)
@@ -152,6 +157,23 @@ def sample_probe(policy: Policy, prompts: TokenizedPrompts, generator: Generator
     length = min(PROBE_TOKENS, policy.sampling.max_new_tokens)
     short.sampling = dataclasses.replace(policy.sampling, max_new_tokens=length)
     starts = [ids[-PROBE_TOKENS:] for ids in prompts.ids[:PROBE_SIZE]]
+    requests = [Request(ids, seed=row) for row, ids in enumerate(starts)]
     with policy.model() as model, weights_to_draw(model, generator):
-        completions = generator.generate(short, [Request(ids, seed=row) for row, ids in enumerate(starts)])
-    return [Example(ids, completion.ids) for ids, completion in zip(starts, completions, strict=True)]
+        if not is_sharded(model):
+            drawn = [one.ids for one in generator.generate(short, requests)]
+        else:
+            drawn = _drawn_by_main(generator, short, requests, ProcessGroup(policy.source.device))
+    return [Example(start, ids) for start, ids in zip(starts, drawn, strict=True)]
+
+
+def _drawn_by_main(
+    generator: Generator, policy: Policy, requests: Sequence[Request], processes: ProcessGroup
+) -> list[list[int]]:
+    """Draw in process 0 and return its tokens to all: a server may draw others for each process."""
+    drawn: list[list[int]] = []
+
+    def draw() -> None:
+        drawn.extend(one.ids for one in generator.generate(policy, requests if processes.is_main else []))
+
+    agreed(draw, processes)
+    return processes.all_gather_object(drawn)[0]

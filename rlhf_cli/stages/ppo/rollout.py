@@ -209,15 +209,11 @@ class Rollouts:
         Raises:
             DivergedError: the policy's logits are not finite in some process; raised in all of them.
         """
-        with self._policy.model() as model, weights_to_draw(model, self._generator):
-            return self._completions(source, rows, numbers, watch)
-
-    def _completions(
-        self, source: TokenizedPrompts, rows: Sequence[int], numbers: Sequence[int], watch: StepWatch
-    ) -> Completions:
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
-        drawn = self._in_all(lambda: self._draw(source, mine, watch), watch)
-        return self._scored(source, rows, numbers, drawn, watch)
+        with self._policy.model() as model:
+            with weights_to_draw(model, self._generator):  # not to score: a reward model is gathered itself
+                drawn = self._in_all(lambda: self._draw(source, mine, watch), watch)
+            return self._scored(source, rows, numbers, drawn, watch)
 
     def _in_all(self, draw: Callable[[], list[Completion]], watch: StepWatch) -> list[Completion]:
         """Draw in all processes; a policy that diverged is an error in all of them."""

@@ -38,8 +38,8 @@ def first_ratio(run: Run) -> Iterator[Finding]:
         "bad" if typical > RATIO_BROKEN else "look",
         f"in the first epoch of an update the mean ratio is {typical:.3f} away from 1, and its approximate KL is "
         f"{first.median:.1e} nats per token (medians)",
-        "before its first optimizer step the policy should agree with itself; it does not, because two passes over the "
-        "same tokens differ by rounding, or because the first minibatches already move it far",
+        "before its first optimizer step the policy should agree with itself: either it does not, because two passes "
+        "over the same tokens differ by rounding, or the first minibatches already move it far",
         (_FLOAT32, "lower `ppo.learning_rate` or `ppo.minibatches`"),
         run.span,
     )
