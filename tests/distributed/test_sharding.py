@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,9 +73,14 @@ def launch(folder: Path, cases: Sequence[str], count: int) -> None:
         start([folder, *cases], program=script, env=environment(count, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
         for rank in range(count)
     ]
-    for process in started:
-        stdout, stderr = process.communicate(timeout=900)
-        assert process.returncode == 0, stdout + stderr
+    try:
+        for process in started:
+            stdout, stderr = process.communicate(timeout=900)
+            assert process.returncode == 0, stdout + stderr
+    finally:
+        for process in started:
+            if process.poll() is None:  # it waits for one that has failed
+                process.send_signal(signal.SIGKILL)
 
 
 def environment(count: int, **more: object) -> dict[str, str]:
