@@ -259,7 +259,7 @@ class Planner:
             if self._has_more_steps(stage, began, what, inputs) and self._fixed_steps(stage) is None:
                 return Step(stage, "resume", _listed(differences(began, what, inputs)), inputs, what)
             refusal = self._change_refusal(stage, inputs, began, what, pending, changed)
-            return Step(stage, "resume", "it was interrupted", inputs, what, refusal=refusal)
+            return Step(stage, "resume", "it has not finished", inputs, what, refusal=refusal)
         finished = self._finished_identity(stage)
         if finished is not None and self._has_more_steps(stage, finished, what, inputs):
             why_not = self._fixed_steps(stage)

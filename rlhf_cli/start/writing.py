@@ -53,9 +53,12 @@ def write_recipe(draft: Draft, path: Path, command: str) -> str:
 
 def _say_what_comes_next(draft: Draft, path: Path, run_dir: Path) -> None:
     say(f"{path}: no problems. Next:\n")
-    commands = [(f"rlhf run {word(path)}", "trains and evaluates")]
+    commands = [
+        (f"rlhf plan {word(path)}", "says how long all that takes here, and how much memory"),
+        (f"rlhf run {word(path)}", "trains and evaluates"),
+    ]
     if draft.labels.source == "people":
-        commands.insert(0, (f"rlhf label {word(path)}", "samples completions, you rank them; --serve: in a browser"))
+        commands.insert(1, (f"rlhf label {word(path)}", "samples completions, you rank them; --serve: in a browser"))
         if draft.demonstrations is not None:
             commands.insert(0, (f"rlhf run {word(path)} --to sft", "fine-tunes the model on the demonstrations"))
     commands.append((f"rlhf chat {word(run_dir)}", "talk to the models before and after PPO"))

@@ -24,7 +24,7 @@ def test_killed_in_rollout_scoring_update_and_saving_ends_with_the_same_bytes(wh
         fell.append(run.kill(process) if phase == "saving" else kill_after(run, process, 0.03 * chance.random()))
     end = run.run()
     assert end.code == 0, end.stderr
-    assert "ppo: resuming (it was interrupted)" in end.stderr
+    assert "ppo: resuming (it has not finished)" in end.stderr
     assert run.digests() == whole.digests(), f"the kills fell in {fell}"
     assert {"scoring", "update"} <= set(fell)
 

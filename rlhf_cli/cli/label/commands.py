@@ -17,6 +17,7 @@ from rlhf_cli.cli.label import stats as label_stats
 from rlhf_cli.cli.options import parameter, with_parameters
 from rlhf_cli.cli.stage_command import run_stage, stage_parameters
 from rlhf_cli.errors import UsageError
+from rlhf_cli.quoting import word
 from rlhf_cli.stages import registry
 
 _STAGE = "stage"
@@ -84,7 +85,18 @@ def label(**given: Any) -> None:
         AnnotationInterface(given["serve"], given["host"], given["port"], tuple(given["annotator"] or ())),
         waits_in=given["run_dir"] if is_waiting_run else None,
         force=given["force"],
+        continuation=_continuation(given),
     )
+
+
+def _continuation(given: Mapping[str, Any]) -> str | None:
+    """The command that runs the rest of the recipe; None without a recipe in a file."""
+    recipe = given["recipe"]
+    if not isinstance(recipe, Path):
+        return None
+    run_dir = [] if given["run_dir"] is None else ["--run-dir", str(given["run_dir"])]
+    settings = [part for setting in given["settings"] or () for part in ("--set", setting)]
+    return " ".join(map(word, ["rlhf", "run", str(recipe), *run_dir, *settings]))
 
 
 def _implied_by(given: Mapping[str, Any]) -> tuple[str, str] | None:

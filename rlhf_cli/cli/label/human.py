@@ -85,6 +85,7 @@ def label_by_annotators(
     *,
     waits_in: Path | None,
     force: bool,
+    continuation: str | None = None,
 ) -> None:
     """Run the stage; if it waits for labels, open the interface, then run the stage again.
 
@@ -97,6 +98,7 @@ def label_by_annotators(
         interface: terminal or web page.
         waits_in: a run directory given without a recipe; if it waits for labels, the stage is not run first.
         force: discard unfinished work; labels are kept.
+        continuation: the command that runs what follows the stage.
 
     Raises:
         WaitingForLabelsError: labels are still missing after the interface was closed, or no interface can be opened.
@@ -131,7 +133,7 @@ def label_by_annotators(
                 return
             store = Path(news["store"])
             _open(store, store.parents[2], interface, _THEN, sampling)
-        run_stage(False)
+        _finish(run_stage, continuation)
         return
     try:
         run_stage(force)
@@ -144,7 +146,16 @@ def label_by_annotators(
             raise
     run_log.close()  # the links hold secrets
     _open(store, store.parents[2], interface, _THEN, OtherCommand(store.parents[2]))
+    _finish(run_stage, continuation)
+
+
+def _finish(run_stage: Callable[[bool], None], continuation: str | None) -> None:
+    """Write the rankings, and say what follows."""
+    from rlhf_cli.progress import say
+
     run_stage(False)
+    if continuation is not None:
+        say(f"continue with `{continuation}`")
 
 
 def _nothing_to_label() -> None:
