@@ -157,10 +157,11 @@ def test_what_is_typed_during_the_spinner_answers_the_next_question(tmp_path):
     terminal.until(r"1\. Which model[^>]*> ")
     terminal.type("no model\n")
     terminal.until("reading its files")
-    terminal.type("other\n")
-    shown = terminal.until("other: no such model folder[^>]*> ")
-    assert shown.index("no model: no such") < shown.index("> other")
-    terminal.type("\x03")
+    terminal.type("no other\n")
+    shown = terminal.until("no other: no such model folder[^>]*> ")
+    assert shown.index("no model: no such") < shown.index("> no other")
+    time.sleep(1)  # as in the test below
+    terminal.process.send_signal(signal.SIGINT)
     terminal.until("no recipe was written")
     assert terminal.process.wait(timeout=60) == 1
     lines = [line for line in screen_of(terminal.raw, 80) if "reading its files" in line]
