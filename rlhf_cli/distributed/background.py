@@ -27,9 +27,9 @@ from rlhf_cli.run_log import open_log
 
 _POLL = 0.1
 """Seconds between two looks at the process."""
-_AT_ONCE = 1.0
+QUICK_STOP = 1.0
 """Seconds to stop without a message."""
-_LONGEST_STOP = 20.0
+LONGEST_STOP = 20.0
 """Seconds to stop; then the process is killed, which loses what is not on disk yet."""
 _SHOWN_LINES = 30
 
@@ -103,14 +103,14 @@ class BackgroundCommand:
         if self.is_running:
             self._process.send_signal(signal.SIGTERM)
         try:
-            self._thread.join(_AT_ONCE)
+            self._thread.join(QUICK_STOP)
             if self._thread.is_alive():
                 with contextlib.suppress(OSError):  # the terminal may have been closed
                     print(
                         "waiting until sampling stops after its token, up to 20 seconds; Ctrl-C stops it at once",
                         file=sys.stderr,
                     )
-                self._thread.join(_LONGEST_STOP)
+                self._thread.join(LONGEST_STOP)
         except KeyboardInterrupt:
             pass  # what is on disk is complete
         if self.is_running:
@@ -119,7 +119,7 @@ class BackgroundCommand:
 
     def finish(self) -> None:
         """Wait for the end of a process that has nothing left to do."""
-        self._thread.join(_LONGEST_STOP)
+        self._thread.join(LONGEST_STOP)
 
     def check(self) -> None:
         """Print and raise the error with which the process ended; not if `stop` ended it.

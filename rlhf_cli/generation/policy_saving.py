@@ -116,7 +116,7 @@ def save_policy(
     written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
     if in_memory is not None:
         in_memory.check(written, folder / ADAPTER_FOLDER)
-    kl = _mean_kl(trained, completion_logits(written, probe))
+    kl = mean_kl(trained, completion_logits(written, probe))
     _check_kl(kl, folder)
     return kl
 
@@ -163,7 +163,7 @@ class _ShardedPolicy:
         by_main(self._check_files, processes)
         opened: list[UnreadModel] = []
         agreed(lambda: opened.append(self._opened(in_memory)), processes)
-        kl = _mean_kl(trained, completion_logits(opened[0].read(), probe))
+        kl = mean_kl(trained, completion_logits(opened[0].read(), probe))
         agreed(lambda: _check_kl(kl, folder), processes)
         return kl
 
@@ -247,7 +247,7 @@ def completion_logits(model: PreTrainedModel, probe: Sequence[Example]) -> list[
     return found
 
 
-def _mean_kl(trained: Sequence[Tensor], written: Sequence[Tensor]) -> float:
+def mean_kl(trained: Sequence[Tensor], written: Sequence[Tensor]) -> float:
     """Mean over tokens of KL(trained || written), the sum over the vocabulary in float64."""
     total, count = 0.0, 0
     for ours, theirs in zip(trained, written, strict=True):

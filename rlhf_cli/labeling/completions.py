@@ -86,8 +86,8 @@ class CompletionFile:
             DiskError: see `fill`.
         """
         own, count = self._path(self._processes.index), self._per_prompt
-        places = [(number, len(chunk) - at) for at, number in enumerate(chunk, 1) for _ in range(count)]
-        lines = b"".join(_line(*place, one) for place, one in zip(places, completions, strict=True))
+        positions = [(number, len(chunk) - at) for at, number in enumerate(chunk, 1) for _ in range(count)]
+        lines = b"".join(_line(*position, one) for position, one in zip(positions, completions, strict=True))
         try:
             append(own, lines)
         except OSError as error:

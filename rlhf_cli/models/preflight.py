@@ -270,7 +270,7 @@ def check_completion_length(config: PretrainedConfig, max_new_tokens: int, path:
     """Check that completions leave room for a prompt.
 
     Raises:
-        UsageError: they fill the model's context; `longest_prompt` finds the same once a stage runs.
+        UsageError: they fill the model's context; `longest_prompt` finds the same when a stage runs.
     """
     context = context_length(config)
     if not config.is_encoder_decoder and max_new_tokens >= context:

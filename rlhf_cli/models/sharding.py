@@ -64,6 +64,11 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
+def is_gathered(model: nn.Module) -> bool:
+    """Whether every process holds a sharded model whole at the moment, see `gathered`."""
+    return getattr(model, _IS_GATHERED, False)
+
+
 def shard(
     model: PreTrainedModel,
     device: torch.device,
@@ -101,7 +106,7 @@ def shard(
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     type(model).__module__ = family  # not torch's: there its attention and its router loss are looked for
     if offloads:
-        _compute_on(model, device)
+        compute_on(model, device)
     for module in _parts(model):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
@@ -127,7 +132,7 @@ def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
-def _compute_on(model: nn.Module, device: torch.device) -> None:
+def compute_on(model: nn.Module, device: torch.device) -> None:
     """Let models whose weights rest in host memory name the device on which they compute as their own.
 
     transformers takes it from the first weight.
@@ -169,7 +174,7 @@ def computing(model: nn.Module, function: Callable[[], Result]) -> Result:
         return function()
     compute = getattr(model, _COMPUTE)
     result, owner = compute(function), compute.__self__
-    if not torch.is_grad_enabled() and not getattr(owner, _IS_GATHERED, False):
+    if not torch.is_grad_enabled() and not is_gathered(owner):
         owner.reshard()  # no backward pass does it
     return result
 

@@ -38,7 +38,7 @@ SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PIECE = 4 << 20
+PIECE_BYTES = 4 << 20
 """Bytes written at once."""
 
 
@@ -51,7 +51,7 @@ def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Where a tensor is in its file."""
 
     file: str
@@ -70,7 +70,7 @@ class WeightFiles:
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path, *, max_file: str = MAX_FILE) -> None:
-        self._folder, self._places = folder, dict[str, _Place]()
+        self._folder, self._locations = folder, dict[str, _Location]()
         state = {name: torch.empty_like(tensor, device="meta") for name, tensor in stored_state(model).items()}
         converted = revert_weight_conversion(model, state).items()
         state = {name: tensor.new_empty(tensor.shape) for name, tensor in converted}  # not parts of one, with its size
@@ -98,33 +98,33 @@ class WeightFiles:
         text += b" " * (-len(text) % 8)
         head = len(text).to_bytes(8, "little") + text
         for name, start in offsets.items():
-            self._places[name] = _Place(file, len(head) + start, tensors[name].dtype, tensors[name].shape)
+            self._locations[name] = _Location(file, len(head) + start, tensors[name].dtype, tensors[name].shape)
         return head
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write all tensors, each to its place.
+        """Write all tensors, each to its location.
 
         Args:
-            tensors: stored name and value of each, in any order; cast to the dtype of its place.
+            tensors: stored name and value of each, in any order; cast to the dtype of its location.
 
         Raises:
             OSError: the disk is full or cannot be written.
             RuntimeError: a tensor is missing, is not the model's or has another shape, which is a bug of ours.
         """
-        left = dict(self._places)
+        left = dict(self._locations)
         with ExitStack() as stack:
             files = {file: stack.enter_context((self._folder / file).open("wb")) for file in self._headers}
             for file, head in self._headers.items():
                 files[file].write(head)
             for name, tensor in tensors:
-                place = left.pop(name, None)
-                if place is None or place.shape != tensor.shape:
-                    raise RuntimeError(f"`{name}` of shape {tuple(tensor.shape)} has no place in the model's files")
-                files[place.file].seek(place.offset)
-                data = tensor.detach().to("cpu", place.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
-                for start in range(0, len(data), _PIECE):
+                location = left.pop(name, None)
+                if location is None or location.shape != tensor.shape:
+                    raise RuntimeError(f"`{name}` of shape {tuple(tensor.shape)} has no location in the model's files")
+                files[location.file].seek(location.offset)
+                data = tensor.detach().to("cpu", location.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+                for start in range(0, len(data), PIECE_BYTES):
                     beat()
-                    files[place.file].write(data[start : start + _PIECE])
+                    files[location.file].write(data[start : start + PIECE_BYTES])
         if left:
             raise RuntimeError(f"{len(left):,} weights were not written, such as `{next(iter(left))}`")
         if self._index is not None:

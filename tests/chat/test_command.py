@@ -73,7 +73,7 @@ def test_a_chat_in_a_terminal(run, width, tmp_path):
     assert "reward" in shown
     assert bool(re.search(r"sft {30,}ppo", shown)) is (width >= 100), "side by side where there is room"
     terminal.type("/best ppo\n")
-    shown = "".join(terminal.until(r"once\s+there\s+are\s+more").split())  # where it wraps depends on the folder's name
+    shown = "".join(terminal.until(r"once\s+it\s+holds\s+more").split())  # where it wraps depends on the folder's name
     rankings = run / "kept" / "chat" / "rankings.jsonl"
     assert str(rankings.name) in shown
     label = json.loads(rankings.read_text().splitlines()[-1])

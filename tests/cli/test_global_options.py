@@ -109,10 +109,11 @@ def test_links_of_annotators_are_shown_and_not_logged(tmp_path, monkeypatch, cap
         raise Interrupted(15)
 
     monkeypatch.setattr(serving, "serve", serve)
+    interface = AnnotationInterface(True, "127.0.0.1", 0, ("ann",))
     set_verbosity(Verbosity.QUIET)
     try:
         with pytest.raises(Interrupted):
-            label_by_annotators(stage, AnnotationInterface(True, "127.0.0.1", 0, ("ann",)), waits_in=None, force=False)
+            label_by_annotators(stage, lambda: None, interface, waits_in=None, force=False)
     finally:
         set_verbosity(Verbosity.NORMAL)
     assert capsys.readouterr().err.count("secret") == 2

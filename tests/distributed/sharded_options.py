@@ -105,7 +105,7 @@ class Run:
     def _reward(self, prompts: list[str], texts: list[str], columns: object) -> Scores:
         vowels = [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts]
         with self.loaded.models.policy() as policy:
-            assert not getattr(policy, sharding._IS_GATHERED, False), "the policy is whole while texts are scored"
+            assert not sharding.is_gathered(policy), "the policy is whole while texts are scored"
         model = self.loaded.reward_model
         scores = [0.0] * len(texts) if model is None else model.score(prompts, texts)
         return Scores([one + 0.1 * other for one, other in zip(vowels, scores, strict=True)], {})

@@ -184,7 +184,7 @@ def alone(model: Path, kind: str, what: str, folder: Path) -> dict[str, object]:
         ProcessGroup().barrier()
         if not ProcessGroup().is_main:
             if what == "differs":
-                patch.setattr(policy_saving, "_mean_kl", lambda trained, written: 1.0)
+                patch.setattr(policy_saving, "mean_kl", lambda trained, written: 1.0)
                 patch.setattr(verification, "largest_difference", lambda trained, written: 1.0)
             elif kind == "policy":
                 patch.setattr(AdapterInMemory if adapter == "lora" else policy_saving,
@@ -211,7 +211,7 @@ def alone(model: Path, kind: str, what: str, folder: Path) -> dict[str, object]:
 def attention(model: Path, folder: Path) -> dict[str, object]:
     """Return the attention with which the trained and the written model compute what is compared."""
     patch, used = pytest.MonkeyPatch(), {"policy": [], "reward": []}
-    logits, rewards = policy_saving.completion_logits, verification._rewards
+    logits, rewards = policy_saving.completion_logits, verification.probe_rewards
 
     def of_policy(compared: PreTrainedModel, probe: list[Example]) -> list[Tensor]:
         used["policy"].append(compared.config._attn_implementation)
@@ -222,7 +222,7 @@ def attention(model: Path, folder: Path) -> dict[str, object]:
         return rewards(compared, probe)  # type: ignore[arg-type]
 
     patch.setattr(policy_saving, "completion_logits", of_policy)
-    patch.setattr(verification, "_rewards", of_reward)
+    patch.setattr(verification, "probe_rewards", of_reward)
     patch.setattr(sys.modules[__name__], "source_of", lambda path, precision: ModelSource(str(path), attention="sdpa"))
     for kind in used:
         KINDS[kind](model, "none", "float32", folder / kind, is_sharded=True)

@@ -104,8 +104,8 @@ def test_it_is_asked_to_stop_at_the_end_and_that_is_no_failure():
 
 
 def test_it_is_killed_if_it_does_not_stop(monkeypatch, capfd):
-    monkeypatch.setattr("rlhf_cli.distributed.background._AT_ONCE", 0.05)
-    monkeypatch.setattr("rlhf_cli.distributed.background._LONGEST_STOP", 0.05)
+    monkeypatch.setattr("rlhf_cli.distributed.background.QUICK_STOP", 0.05)
+    monkeypatch.setattr("rlhf_cli.distributed.background.LONGEST_STOP", 0.05)
     with background("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nhand_over()\ntime.sleep(60)") as running:
         running.wait()
     assert not running.is_running

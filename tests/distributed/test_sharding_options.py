@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.sharding import _compute_on
+from rlhf_cli.models.sharding import compute_on
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.sharding import check_groups, check_sharding, require_processes, sharding_size
 from tests.conftest import byte_level_tokenizer
@@ -143,7 +143,7 @@ def test_two_groups_of_two_processes_train_as_one_process(case: str, of_four: di
 def test_offloaded_models_name_another_device_than_that_of_their_weights():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
-    _compute_on(model, torch.device("meta"))
+    compute_on(model, torch.device("meta"))
     assert model.device == model.model.device == torch.device("meta")
     assert model.lm_head.weight.device == torch.device("cpu")
     assert isinstance(model, LlamaForCausalLM)

@@ -53,14 +53,14 @@ def test_a_weight_that_is_missing_unknown_or_of_another_shape_is_an_error(tmp_pa
     with pytest.raises(RuntimeError, match="1 weights were not written"):
         WeightFiles(model, tmp_path).write(weights[1:])
     for wrong in (("other", value), (name, value[:-1]), (name, value)):
-        with pytest.raises(RuntimeError, match="has no place"):
+        with pytest.raises(RuntimeError, match="has no location"):
             WeightFiles(model, tmp_path).write([*weights, wrong])
 
 
 def test_values_are_cast_to_the_dtype_of_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = model_of("llama", tmp_path / "model")
     weights = weights_of(model)
-    monkeypatch.setattr(weight_files, "_PIECE", 100)  # bytes at once
+    monkeypatch.setattr(weight_files, "PIECE_BYTES", 100)  # bytes at once
     model.save_pretrained(tmp_path / "expected")
     rounded = {name: value.bfloat16().float() for name, value in weights}
     WeightFiles(model, tmp_path).write((name, value.bfloat16()) for name, value in weights)

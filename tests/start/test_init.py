@@ -45,7 +45,7 @@ def test_a_recipe_for_people_holds_what_differs_from_the_defaults(init, tiny_lla
     assert f"# {training} prompts to train on, {30 - training} held out" in text
     assert said.endswith("# talk to the models before and after PPO")
     commands = [
-        said.index(f"rlhf {command} #")
+        said.partition("no problems")[2].index(f"rlhf {command} #")
         for command in ("plan mine.yaml", "label mine.yaml", "run mine.yaml", "chat runs/mine")
     ]
     assert commands == sorted(commands)

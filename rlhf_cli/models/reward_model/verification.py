@@ -88,7 +88,7 @@ def save_trained_reward_model(
     is_quantized = quantized(reward_model.model) != "none"
     if not is_quantized:
         _move_to_cpu(reward_model, source)
-    expected = [] if is_quantized else _rewards(reward_model, probe)
+    expected = [] if is_quantized else probe_rewards(reward_model, probe)
     save_reward_model(reward_model, folder, final=final, depth=depth)
     check_float32(folder)
     check_tokenizer(reward_model.format.tokenizer, folder, source)
@@ -102,7 +102,7 @@ def save_trained_reward_model(
     reward_model.model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     written = load_reward_model(replace(source, path=str(folder), revision=None, dtype=dtype), template=None)
     _in_float32(written)
-    difference = largest_difference(expected, _rewards(written, probe))
+    difference = largest_difference(expected, probe_rewards(written, probe))
     _check_difference(difference, folder)
     return difference
 
@@ -142,7 +142,8 @@ def _in_float32(reward_model: RewardModel) -> None:
     reward_model.eval()
 
 
-def _rewards(reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
+def probe_rewards(reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
+    """Return the reward of each probe, scored alone."""
     return reward_model.score([prompt for prompt, _ in probe], [completion for _, completion in probe], batch_size=1)
 
 
@@ -163,7 +164,7 @@ class _ShardedRewardModel:
         trained, processes = self.trained, ProcessGroup(self.trained.device)
         save = partial(save_artifact, trained, self.folder, final=final, depth=depth)
         if trained.is_adapter:
-            expected = _rewards(trained, probe)
+            expected = probe_rewards(trained, probe)
             head = head_tensors(trained)
             state = {key: whole(weight).cpu() for key, weight in adapter_state(trained.model).items()}
             write = partial(save_trained, trained, self.folder, state=state, head=head)
@@ -182,7 +183,7 @@ class _ShardedRewardModel:
             agreed(lambda: _check_opens(source), processes)
             written = load_sharded_reward_model(source, template=None)
         by_main(self._check_files, processes)
-        difference = largest_difference(expected, _rewards(written, probe))
+        difference = largest_difference(expected, probe_rewards(written, probe))
         agreed(lambda: _check_difference(difference, self.folder), processes)
         return difference
 
@@ -192,7 +193,7 @@ class _ShardedRewardModel:
         copied = RewardModel(weights.copied(source, keeps=False), trained.format, source, is_encoder=False)
         copied.bias.copy_(trained.bias)
         copied.mean, copied.std = trained.mean, trained.std
-        return _rewards(copied.eval(), probe)
+        return probe_rewards(copied.eval(), probe)
 
     def _read_adapter(self, state: dict[str, Tensor], head: dict[str, Tensor]) -> None:
         """Check what was written, and put it in the place of what was trained."""

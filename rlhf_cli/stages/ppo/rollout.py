@@ -237,10 +237,10 @@ class Rollouts:
         """Score this process's completions, and return those of all processes."""
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
         with self._policy.model() as model:
-            scores_together = is_sharded(model)  # a reward model may share its weights
+            all_score = is_sharded(model)  # a reward model may share its weights
         with watch.phase("scoring", "scoring"):
             prompts = [source.prompts[row] for row, _ in mine]
-            scores = self._score(prompts, drawn, source) if mine or scores_together else Scores([], {})
+            scores = self._score(prompts, drawn, source) if mine or all_score else Scores([], {})
             shares = self._processes.all_gather_object(_plain(drawn, scores))
         for share in shares[1:]:  # the reward has reported the faults of the first process itself
             for fault in share["faults"]:
