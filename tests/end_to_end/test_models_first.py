@@ -51,7 +51,7 @@ def test_models_that_cannot_serve_are_all_named_before_the_first_stage(rlhf, wri
     (broken / "tokenizer.json").write_text("{")
     write(reward_model=tiny_llama, policy=broken, longest=500)
     for arguments in ((), ("--dry-run",)):
-        said = rlhf("run", "recipe.yaml", *arguments, code=65).stderr
+        said = rlhf("run", "recipe.yaml", *arguments, code=2).stderr
         assert f"`{tiny_llama}` has no reward head (`ppo.reward_model`)" in said
         assert f"{broken / 'tokenizer.json'} is damaged" in said
         assert "completions of 500 tokens leave no room for a prompt" in said
