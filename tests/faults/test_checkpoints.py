@@ -330,7 +330,7 @@ def test_a_failed_write_is_raised_in_every_process(tmp_path):
     with pytest.raises(DivergedError, match="is not saved"):
         save(tmp_path, 1, processes=Rank(1, main.said))
     with pytest.raises(DiskError, match="full"):
-        save(tmp_path, 1, processes=Rank(1, [[True, "full", None]]))
+        save(tmp_path, 1, processes=Rank(1, [[0, "full", None]]))
 
 
 def test_all_processes_read_the_one_that_the_first_chose(tmp_path):

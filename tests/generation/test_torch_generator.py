@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_progress_and_stop_are_called_after_every_token(tiny_llama):
     policy, requests = policy_at(tiny_llama, batch_size=2), [Request(ids, 1) for ids in PROMPTS[:3]]
     tokens: list[int] = []
 
-    def progress(completions: int, drawn: int = 0) -> None:
+    def progress(completions: int, drawn: int = 0, lengths: Sequence[int] = ()) -> None:
         calls.append(completions)
         tokens.append(drawn)
 
@@ -199,7 +200,7 @@ def test_a_stop_within_a_batch_ends_it_within_a_token(tiny_llama):
         if len(tokens) == 2:
             raise KeyboardInterrupt
 
-    def progress(_: int, drawn: int = 0) -> None:
+    def progress(_: int, drawn: int = 0, lengths: Sequence[int] = ()) -> None:
         tokens.append(drawn)
 
     with pytest.raises(KeyboardInterrupt):
