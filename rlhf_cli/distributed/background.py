@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from rlhf_cli.distributed.signals import STOP_SIGNALS
+from rlhf_cli.distributed.signals import handling
 from rlhf_cli.distributed.worker import CHANNEL, OUTPUT
 from rlhf_cli.errors import EXIT_IN_USE, EXIT_WAITING, ProcessDiedError, ReportedError
 from rlhf_cli.run_log import open_log
@@ -88,7 +88,7 @@ class BackgroundCommand:
             ReportedError: it failed; its error was printed, and the exit code is its own.
             ProcessDiedError: it was killed, or ended without reporting an error.
         """
-        with self._forwarding_signals():
+        with handling(self._forward, self._suspend):
             while not self._changed.wait(_POLL):
                 pass
         if self._news is not None:
@@ -171,16 +171,6 @@ class BackgroundCommand:
     def _signal_group(self, signum: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signum)
-
-    @contextlib.contextmanager
-    def _forwarding_signals(self) -> Iterator[None]:
-        handlers = dict.fromkeys(STOP_SIGNALS, self._forward) | {signal.SIGTSTP: self._suspend}
-        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     def _forward(self, signum: int, frame: FrameType | None) -> None:
         if self.is_running:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Protocol, Self
 
@@ -20,6 +21,21 @@ from rlhf_cli.run_log import write
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals that ask a run to save and stop; schedulers send SIGUSR1 ahead of SIGTERM."""
+
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+@contextmanager
+def handling(stop: Handler, suspend: Handler) -> Iterator[None]:
+    """Context in which the main thread handles requests to stop and Ctrl-Z; the handlers of before come back."""
+    handlers = dict.fromkeys(STOP_SIGNALS, stop) | {signal.SIGTSTP: suspend}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class StopRequest(Protocol):

@@ -16,14 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rlhf_cli.distributed.process_group import LISTENER
-from rlhf_cli.distributed.signals import STOP_SIGNALS
+from rlhf_cli.distributed.signals import handling
 from rlhf_cli.distributed.worker import CHANNEL
 from rlhf_cli.errors import EXIT_IN_USE, Interrupted, ProcessDiedError, ReportedError
 from rlhf_cli.run_log import open_log
@@ -131,7 +131,7 @@ class _Supervisor:
 
     def run(self) -> None:
         """Start all ranks and wait for their end."""
-        with self._handling_signals():
+        with handling(self._stop, self._suspend):
             try:
                 self._start()
                 self._wait()
@@ -272,16 +272,6 @@ class _Supervisor:
             exit_code=128 - code,
             hint=f"{why}run the same command again to resume from the last checkpoint",
         )
-
-    @contextlib.contextmanager
-    def _handling_signals(self) -> Iterator[None]:
-        handlers = dict.fromkeys(STOP_SIGNALS, self._stop) | {signal.SIGTSTP: self._suspend}
-        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         """Forward the first signal to every rank once; a second Ctrl-C kills them."""
