@@ -10,6 +10,7 @@ from rlhf_cli.pipeline.plan import RunPlan, StagePlan
 from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.progress import format_duration
 from rlhf_cli.stages.workload import Workload
+from rlhf_cli.statistics.wording import PRECISION
 
 _SHOWN = 0.01
 """Share of the memory of a phase under which a role is not shown."""
@@ -120,9 +121,9 @@ def _rows(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "time", f"{_about(sum(stage.seconds.values()))}: {_parts(stage.seconds)}"
     for note in stage.workload.notes:
         yield "note", note
-    precision = stage.sizes.get("precision of a win rate near 50 %")
+    precision = stage.sizes.get(PRECISION)
     if precision is not None:
-        yield "interval", f"a win rate near 50 % will be known to {precision}"
+        yield "interval", f"a win rate near 50% will be known to {precision}"
 
 
 def _work(stage: StagePlan) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 _BUCKETS = 24
 """Parts of the longest length; in each, every token is as likely as any other to end a completion."""
 _PRIOR, _OWN = 12.0, 1.0
-"""Ended completions that the first guess counts as, over all lengths and in each bucket."""
+"""Ended completions that a first guess counts as: of all lengths (the default), and of each bucket."""
 _SHARE, _USUAL = 0.3, 256
 """First guess of the mean length, as a share of a limit up to `_USUAL`; for longer limits it grows as their root."""
 
@@ -22,15 +22,21 @@ class LengthEstimate:
 
     Args:
         limit: largest number of tokens of a completion.
+        prior: ended completions that the first guess counts as.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, *, prior: float = _PRIOR) -> None:
+        self.limit, self._prior = limit, prior
         self._count = min(_BUCKETS, limit)
         self._width = limit / self._count
         self._tokens, self._ends = [0.0] * self._count, [0.0] * self._count
         self._guess = _rate_of(_SHARE * min(1.0, math.sqrt(_USUAL / limit)) * limit, limit)
         self._known: list[float] | None = None
+
+    @property
+    def ends(self) -> float:
+        """Completions that ended before the limit."""
+        return sum(self._ends)
 
     def run(self, ages: Mapping[int, int]) -> None:
         """Count one more token of completions that run: age in tokens before it -> their number."""
@@ -55,7 +61,7 @@ class LengthEstimate:
     def _rates(self) -> list[float]:
         """The rate of ending, per token, in each bucket."""
         if self._known is None:
-            overall = (sum(self._ends) + _PRIOR) / (sum(self._tokens) + _PRIOR / self._guess)
+            overall = (self.ends + self._prior) / (sum(self._tokens) + self._prior / self._guess)
             pairs = zip(self._ends, self._tokens, strict=True)
             self._known = [(ends + _OWN) / (tokens + _OWN / overall) for ends, tokens in pairs]
         return self._known

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.length_estimate import LengthEstimate
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
@@ -43,6 +44,8 @@ _WRITTEN = 32 << 20
 _STEPPED = 4_000_000
 _FEWER = 4
 """The second measurement of decoding has this many times fewer rows."""
+_PRIOR = 0.5
+"""Ended completions that the guess of their length counts as: it decides only where none ended."""
 
 
 @dataclass(frozen=True)
@@ -178,43 +181,49 @@ def _draw(model: PreTrainedModel, source: ModelSource, reading: Reading, samplin
     prompts = [prompt for prompt, _ in reading.sample if prompt]
     policy = Policy.load(source, sampling, weights=lambda: nullcontext(model))
     rows = min(sampling.batch_size, len(prompts))
-    few = _timed(policy, prompts[: max(1, rows // _FEWER)], seconds * 0.3)  # also warms up
-    many = _timed(policy, prompts[:rows], seconds * 0.7)
+    lengths = LengthEstimate(sampling.max_new_tokens, prior=_PRIOR)
+    began = time.perf_counter()
+    few = _timed(policy, prompts[: max(1, rows // _FEWER)], seconds * 0.3, lengths)  # also warms up
+    many = _timed(policy, prompts[:rows], seconds * 0.7, lengths)
+    first, batch = many.first, 0
+    while (left := seconds - (time.perf_counter() - began)) > 0:  # more completions, a more certain mean
+        batch += 1
+        again = _timed(policy, prompts[:rows], left, lengths, seed=batch * rows)
+        first = min(first, again.first)  # memory of this size is new in the first batch
     row = 0.0 if many.rows == few.rows else max(0.0, (many.seconds - few.seconds) / (many.rows - few.rows))
     step = max(0.0, many.seconds - row * many.rows)
-    ended, tokens = many.ended + few.ended, many.tokens + few.tokens
-    # Each token ends its completion with the same probability, as far as the few that were drawn can tell.
-    hazard, longest = ended / tokens, sampling.max_new_tokens
-    mean = float(longest) if not ended else min(longest, (1.0 - (1.0 - hazard) ** longest) / hazard)
-    lengths = [len(prompt) for prompt in prompts[:rows]]
-    reading_flops = reading.shape.forward_flops(
-        sum(lengths), scored=rows, pairs=sum(length * length for length in lengths)
-    )
-    return _Drawn(many.first - many.seconds, reading_flops, step, row, mean)
+    mean = lengths.remaining() if lengths.ends else float(sampling.max_new_tokens)
+    read = [len(prompt) for prompt in prompts[:rows]]
+    reading_flops = reading.shape.forward_flops(sum(read), scored=rows, pairs=sum(length * length for length in read))
+    return _Drawn(first - many.seconds, reading_flops, step, row, mean)
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """A batch: seconds of its first step with the prompts, and of a later one; mean rows; tokens; completions ended."""
+    """A batch: seconds of its first step with the prompts, and of a later one; mean rows."""
 
     first: float
     seconds: float
     rows: float
-    tokens: int
-    ended: int
 
 
-def _timed(policy: Policy, prompts: Sequence[list[int]], seconds: float) -> _Timed:
-    times: list[tuple[float, int, int]] = []
+def _timed(
+    policy: Policy, prompts: Sequence[list[int]], seconds: float, lengths: LengthEstimate, *, seed: int = 0
+) -> _Timed:
+    """Draw for at most about so many seconds, and count the lengths; the first prompt has this seed."""
+    times: list[tuple[float, int]] = []
     began = time.perf_counter()
 
-    def progress(ended: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
-        times.append((time.perf_counter() - began, tokens, ended))
+    def progress(ended: int, tokens: int = 0, ended_at: Sequence[int] | None = None, /) -> None:
+        lengths.run({len(times): tokens})
+        for length in ended_at or ():
+            lengths.end(length)
+        times.append((time.perf_counter() - began, tokens))
         if times[-1][0] > seconds and len(times) > 2:
             raise _EnoughError
 
     try:
-        requests = [Request(prompt, seed=number) for number, prompt in enumerate(prompts)]
+        requests = [Request(prompt, seed=seed + number) for number, prompt in enumerate(prompts)]
         TorchGenerator().generate(policy, requests, progress=progress)
     except _EnoughError:
         pass
@@ -225,8 +234,6 @@ def _timed(policy: Policy, prompts: Sequence[list[int]], seconds: float) -> _Tim
         first=times[0][0],
         seconds=steps[len(steps) // 2],
         rows=sum(rows for _, rows in later) / len(later),
-        tokens=sum(rows for _, rows, _ in times),
-        ended=sum(ended for _, _, ended in times),
     )
 
 

@@ -17,6 +17,10 @@ from rlhf_cli.intervals import (
 _MOST_PROMPTS = 1_000_000
 
 
+PRECISION = "precision of a win rate near 50%"
+"""Name of `expected_precision` among the sizes of a stage."""
+
+
 def expected_precision(prompts: int) -> str:
     """Return how precisely a win rate near one half will be known, such as "about +- 12.3 points"."""
     return f"about +- {100 * half_width(prompts):.0f} points"

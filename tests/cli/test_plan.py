@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.cli.plan_report import show_plan
 from rlhf_cli.models.resources import CPU_PROCESS, Extent, ModelShape
 from rlhf_cli.pipeline import plan as planning
 from rlhf_cli.pipeline.plan import plan_run
@@ -94,6 +95,12 @@ def test_the_command_says_what_does_not_fit_and_what_to_change(small: Path, rlhf
     assert any(change.startswith("train_rm.micro_batch_size=") for change in changes)
 
 
+def test_the_precision_of_an_evaluation_is_printed(tmp_path: Path, capsys):
+    loaded = load_recipe(ROOT / "recipes/quickstart.yaml", [])
+    show_plan(plan_run(loaded, tmp_path / "run", Selection(), trial=False))
+    assert "a win rate near 50% will be known to about +- 13 points" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_is_wrong_with_the_data_is_said(small: Path, rlhf_here):
     code, said = rlhf_here("plan", small, "--no-trial", "--set", "train_rm.data=none.jsonl")
     assert code != 0
@@ -114,6 +121,45 @@ def test_advice_names_the_setting_and_how_much_it_saves():
     for one in advice.values():
         assert one.saved == need.total - one.total > 0
     assert next(iter(advice.values())).fits, "what fits comes first"
+
+
+def _tokens(stage_name: str, phase: str, recipe: Path, run: Path, *settings: str) -> float:
+    found = plan_run(load_recipe(recipe, list(settings)), run, Selection(), trial=False)
+    workload = next(stage.workload for stage in found.stages if stage.name == stage_name)
+    assert workload is not None
+    return sum(work.tokens for work in workload.work if work.phase == phase)
+
+
+def test_evaluations_while_a_reward_model_is_trained_are_counted(small: Path):
+    def evaluated(*settings: str) -> float:
+        return _tokens("train-rm", "eval", small, small.parent / "run", *settings)
+
+    plain, steps = evaluated(), 5
+    every, second, once = (
+        evaluated(f"train_rm.eval_steps={number}", "train_rm.keep_best=none") for number in (1, 2, steps)
+    )
+    held_out = once - plain
+    assert held_out > 0
+    assert every == plain + steps * held_out
+    assert second == plain + 3 * held_out, "the last step is evaluated too"
+    chosen = evaluated(f"train_rm.eval_steps={steps}")
+    assert chosen == plain, "one half is evaluated while training, the other in the end"
+
+
+def test_the_pass_before_each_step_and_the_normalization_of_rewards_are_counted(small: Path, tmp_path: Path):
+    trained = _tokens("train-rm", "update", small, tmp_path / "run")
+    plain = _tokens("train-rm", "eval", small, tmp_path / "run")
+    assert _tokens("train-rm", "eval", small, tmp_path / "run", "train_rm.batch_sum_coef=0.1") == plain + trained
+    assert _tokens("train-rm", "rollout", small, tmp_path / "run") == 0
+    assert _tokens("train-rm", "rollout", small, tmp_path / "run", "train_rm.normalize=true") > 0
+
+    # Completions that `label` samples are not drawn anew: 64 rankings are scored to check and 64 to normalize.
+    quickstart = ROOT / "recipes/quickstart.yaml"
+    with_it = _tokens("train-rm", "eval", quickstart, tmp_path / "run")
+    without = _tokens("train-rm", "eval", quickstart, tmp_path / "run", "train_rm.normalize=false")
+    held_out = without / (with_it - without) * 64 - 64
+    assert held_out == pytest.approx(round(held_out))
+    assert held_out > 0
 
 
 def test_work_by_hand():

@@ -180,3 +180,13 @@ def test_completions_of_an_earlier_attempt_say_nothing_of_the_speed(capsys, cloc
     line = capsys.readouterr().err.splitlines()[1]
     assert line.startswith("policy completions: 1,004 of 1,008 completions, 41/~")
     assert 25 < float(line.rsplit("about ", 1)[1].removesuffix(" s left")) < 45
+
+
+def test_a_small_prior_leaves_the_mean_to_what_was_drawn():
+    estimate = LengthEstimate(48, prior=0.5)
+    assert estimate.ends == 0
+    for length in (20, 22, 24, 48):
+        estimate.drawn(length)
+    assert estimate.ends == 3
+    assert estimate.remaining() == pytest.approx((20 + 22 + 24 + 48) / 4, rel=0.15)
+    assert LengthEstimate(48).remaining() == pytest.approx(LengthEstimate(48, prior=0.5).remaining())

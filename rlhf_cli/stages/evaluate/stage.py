@@ -18,7 +18,7 @@ _LARGEST_FILE = 2**24
 
 
 def _sizes(settings: EvaluateSettings, recipe: RunSettings) -> Sizes:
-    from rlhf_cli.statistics.wording import expected_precision
+    from rlhf_cli.statistics.wording import PRECISION, expected_precision
 
     models = 2 + len(settings.policies)
     sizes: dict[str, int | str] = {
@@ -26,7 +26,7 @@ def _sizes(settings: EvaluateSettings, recipe: RunSettings) -> Sizes:
     }
     if count := prompt_count(settings, recipe):
         sizes["prompts to evaluate on, at most"] = count
-        sizes["precision of a win rate near 50%"] = expected_precision(count)
+        sizes[PRECISION] = expected_precision(count)
     return sizes
 
 

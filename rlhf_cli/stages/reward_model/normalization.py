@@ -24,7 +24,7 @@ from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
-_PROMPTS = 64
+NORMALIZED_OVER = 64
 """Training prompts that rewards are normalized over: enough for a mean and a deviation, in about a minute on a CPU."""
 
 
@@ -50,9 +50,11 @@ def normalize(
         processes: of the run, which share the work.
         generator: draws new completions; None is that of `generation.engine`.
     """
-    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS))
+    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), NORMALIZED_OVER))
     sampled = (
-        None if _labels_are_sampled(context) else _sample(context, reward_model, chosen, style, processes, generator)
+        _sample(context, reward_model, chosen, style, processes, generator)
+        if samples_anew(context, reward_model)
+        else None
     )
     if sampled is not None:
         raw = reward_model.score([prompt for prompt, _ in sampled], [text for _, text in sampled])
@@ -66,6 +68,13 @@ def normalize(
         f"rewards are normalized over {len(raw):,} {kind}: mean {reward_model.mean:.3f}, "
         f"deviation {reward_model.std:.3f}"
     )
+
+
+def samples_anew(context: RewardModelContext, reward_model: RewardModel) -> bool:
+    """Return whether the SFT model completes prompts to normalize over: it can write and did not write the labeled."""
+    if _labels_are_sampled(context) or reward_model.is_encoder:
+        return False
+    return not is_classifier(load_config(model_source(context.recipe, context.inputs.policy.source)))
 
 
 def _labels_are_sampled(context: RewardModelContext) -> bool:
@@ -85,10 +94,8 @@ def _sample(
     processes: ProcessGroup,
     generator: Generator | None,
 ) -> list[tuple[Prompt, str]] | None:
-    """Complete the prompts of `rankings` that fit the SFT model; None if it cannot write or none fits."""
+    """Complete the prompts of `rankings` that fit the SFT model; None if none fits."""
     path = context.inputs.policy.source
-    if reward_model.is_encoder or is_classifier(load_config(model_source(context.recipe, path))):
-        return None
     sampling = stage_sampling(context, SamplingSettings(), path)
     # Half of the context is left to prompts: an error here would lose the training.
     longest = context_length(load_config(model_source(context.recipe, path))) // 2

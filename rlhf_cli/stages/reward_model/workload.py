@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from rlhf_cli.stages.reward_model.stage import RewardModelContext
 from rlhf_cli.stages.workload import (
     Passed,
     Reading,
+    Sequences,
     Work,
     Workload,
     comparing,
@@ -29,12 +30,29 @@ from rlhf_cli.stages.workload import (
 )
 
 if TYPE_CHECKING:
+    from rlhf_cli.data.records import Ranking
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.reward_model.data import RankedGroup
     from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 
-_NORMALIZED_OVER = 64
-"""Prompts whose completions give mean and deviation of the rewards; see `normalization`."""
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a stage passes over.
+
+    Attributes:
+        passed: training passes.
+        steps: optimizer steps.
+        records: training rankings.
+        scored: tokens of all passes without a gradient over rankings.
+        drawn_for: tokens of each prompt that the SFT model completes to normalize rewards.
+    """
+
+    passed: Passed
+    steps: int
+    records: int
+    scored: float
+    drawn_for: list[int] = field(default_factory=list)
 
 
 def read(context: RewardModelContext) -> Reading | None:
@@ -56,24 +74,31 @@ def read(context: RewardModelContext) -> Reading | None:
 
 def _of_rankings(context: RewardModelContext) -> Reading:
     from rlhf_cli.models.loading import load_config
+    from rlhf_cli.stages.reward_model.normalization import NORMALIZED_OVER, samples_anew
     from rlhf_cli.stages.reward_model.plan import make_plan, member_without_weights
 
     recipe, settings = context.recipe, context.settings
-    plan, _ = make_plan(context, member_without_weights)
+    plan, member = make_plan(context, member_without_weights)
     config = load_config(plan.source)
     is_grouped = reads_shared_prompts(recipe.model, is_encoder_decoder=config.is_encoder_decoder)
     groups = [plan.groups[id(ranking)] for ranking in plan.train]
     passed, steps = _passes(settings, groups, seed=recipe.seed, is_grouped=is_grouped)
-    measured = [plan.groups[id(one)] for one in (*plan.held_out, *plan.checked)]
-    scored = sum(_tokens(one, is_grouped=is_grouped) for one in measured)
-    prompts = [_shared(group) for group in groups]
-    drawn_for = prompts[: _NORMALIZED_OVER if settings.normalize and context.inputs.rankings.upstream is None else 0]
+
+    def tokens(rankings: Sequence[Ranking]) -> float:
+        return sum(_tokens(plan.groups[id(one)], is_grouped=is_grouped) for one in rankings)
+
+    is_drawn = settings.normalize and samples_anew(context, member)
+    # Rewards are normalized over as many rankings as are checked. Where these are all, they are scored once.
+    normalized = 0 if is_drawn or not settings.normalize or len(plan.checked) == len(groups) else tokens(plan.checked)
+    scored = tokens(plan.held_out) + tokens(plan.checked) + normalized
+    scored += _evaluations(settings, steps) * tokens(plan.watched) + _before_steps(settings, passed)
+    drawn_for = [_shared(group) for group in groups[:NORMALIZED_OVER]] if is_drawn else []
     ordered = sorted(groups, key=lambda group: group.longest)
     chosen = [ordered[number] for number in spread(len(ordered), settings.micro_batch_size)]
     return _reading(
         context,
         plan.source,
-        lambda mean: (passed, steps, len(groups), float(scored), drawn_for),
+        lambda mean: _Counted(passed, steps, len(groups), scored, drawn_for),
         sample=[(one.ids[: _shared(group)], one.ids[_shared(group) :]) for group in chosen for one in group.sequences],
         rows=settings.micro_batch_size * len(ordered[0].sequences),
         draws=bool(drawn_for),
@@ -84,7 +109,7 @@ def _of_labels_to_come(context: RewardModelContext) -> Reading:
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.stages.common import split_from
-    from rlhf_cli.stages.reward_model.plan import member_without_weights
+    from rlhf_cli.stages.reward_model.plan import PROMPTS_CHECKED, member_without_weights
 
     recipe, settings, start = context.recipe, context.settings, context.inputs.policy.source
     source = model_source(recipe, start, quantized=True)
@@ -101,7 +126,7 @@ def _of_labels_to_come(context: RewardModelContext) -> Reading:
     steps = max(1, round(settings.epochs * steps_per_epoch))
     share = steps / steps_per_epoch
 
-    def at(mean: float | None) -> tuple[Passed, int, int, float, list[int]]:
+    def at(mean: float | None) -> _Counted:
         each = mean or longest
         most = sorted(lengths)[-settings.micro_batch_size :]
         passed = Passed(
@@ -110,8 +135,13 @@ def _of_labels_to_come(context: RewardModelContext) -> Reading:
             largest=round(sum(one + count * longest for one in most)),
             parts=share * math.ceil(len(lengths) / settings.micro_batch_size),
         )
-        scored = (len(held_out) + min(64, len(train))) * (sum(lengths) / len(lengths) + count * each)
-        return passed, steps, len(lengths), scored, []
+        checked = min(PROMPTS_CHECKED, len(train))
+        watched = len(held_out) // 2 if settings.chooses else len(held_out)
+        rankings = len(held_out) - (watched if settings.chooses else 0) + checked
+        rankings += checked if settings.normalize and checked < len(train) else 0
+        rankings += _evaluations(settings, steps) * watched
+        scored = rankings * (sum(lengths) / len(lengths) + count * each) + _before_steps(settings, passed)
+        return _Counted(passed, steps, len(lengths), scored)
 
     sample = [(member.encode(record.prompt, "").ids, []) for record in train[: settings.micro_batch_size]]
     return _reading(context, source, at, sample=sample, rows=settings.micro_batch_size * count, draws=False)
@@ -121,24 +151,43 @@ def _longest(context: RewardModelContext) -> int:
     return Sampling.resolve(inherited_sampling(context.recipe, context.inputs.policy.source)).max_new_tokens
 
 
-def _reading(context: RewardModelContext, source: ModelSource, count, *, sample, rows: int, draws: bool) -> Reading:
+def _evaluations(settings: RewardModelSettings, steps: int) -> int:
+    """How often held-out rankings are evaluated while training."""
+    return 0 if settings.eval_steps is None else math.ceil(steps / settings.eval_steps)
+
+
+def _before_steps(settings: RewardModelSettings, passed: Passed) -> float:
+    """Tokens of the passes that give the mean reward of each step before it is taken."""
+    return passed.tokens if settings.batch_sum_coef else 0.0
+
+
+def _reading(
+    context: RewardModelContext,
+    source: ModelSource,
+    count: Callable[[float | None], _Counted],
+    *,
+    sample: Sequences,
+    rows: int,
+    draws: bool,
+) -> Reading:
     settings, shape = context.settings, context.shape_of(source.folder)
     rank = settings.lora.rank if settings.adapter == "lora" else None
     trained = shape.weights if rank is None else shape.adapter(rank)
     longest = _longest(context)
 
     def at(mean: float | None) -> Workload:
-        passed, steps, records, scored, drawn_for = count(mean)
+        counted = count(mean)
+        passed, steps, drawn_for = counted.passed, counted.steps, counted.drawn_for
         flops = shape.training_flops(passed.tokens, pairs=passed.pairs, rank=rank)
         work = [
             passed.training(flops, steps, settings.batch_size, shape, trained),
             Work(
                 "eval",
                 "forward",
-                scored,
-                shape.forward_flops(scored),
+                counted.scored,
+                shape.forward_flops(counted.scored),
                 rows=settings.micro_batch_size,
-                each=records,
+                each=counted.records,
                 shape=shape,
             ),
             comparing(shape, logits=False),
@@ -149,7 +198,7 @@ def _reading(context: RewardModelContext, source: ModelSource, count, *, sample,
             work.append(scoring(shape, "eval", drawn_for, per_prompt=1, mean=each, logits=False))
         members = settings.members + sum(settings.data_curve)
         return Workload(
-            records=records,
+            records=counted.records,
             unit="rankings",
             optimizer_steps=steps,
             trained=trained,
