@@ -163,7 +163,7 @@ def _check_critics(inputs: Sequence[Input]) -> dict[str, RLHFError]:
     critics = [one for one in inputs if one.kind == "critic"]
     if not critics:
         return {}
-    from rlhf_cli.stages.ppo.critic import check_saved_critic  # imports torch, which the stage needs anyway
+    from rlhf_cli.stages.ppo.critic_files import check_saved_critic  # imports torch, which the stage needs anyway
 
     errors: dict[str, RLHFError] = {}
     for given in critics:

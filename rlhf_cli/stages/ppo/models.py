@@ -28,10 +28,10 @@ from rlhf_cli.stages.ppo.critic import (
     AdapterStart,
     Critic,
     FullCritic,
-    Head,
     HeadCritic,
     HeadStart,
 )
+from rlhf_cli.stages.ppo.critic_files import Head
 
 POLICY, REWARD = "policy", "reward"
 
