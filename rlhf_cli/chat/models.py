@@ -62,7 +62,7 @@ class ChatModels:
 
     def load_reward_model(self) -> RewardModel | None:
         """Load the reward model."""
-        from rlhf_cli.models.reward_model.model import load_reward_model
+        from rlhf_cli.models.reward_model.loading import load_reward_model
 
         if self.reward is None:
             return None

@@ -26,7 +26,8 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_generator import VLLMServerGenerator
 from rlhf_cli.models import sharding
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.models.sharding import local, whole
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import GenerationSettings, LoraSettings

@@ -16,7 +16,9 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.adapter_layers import adapter_parameters
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.sharded import new_sharded_reward_model
 from rlhf_cli.models.sharding import is_divided, whole
 from rlhf_cli.rewards.base import Scores

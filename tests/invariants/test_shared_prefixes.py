@@ -25,7 +25,8 @@ from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.models.weight_loading import disable_dropout
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses

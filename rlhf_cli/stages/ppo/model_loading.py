@@ -24,7 +24,8 @@ from rlhf_cli.models.idle_weights import IdleWeights, idle_weights
 from rlhf_cli.models.loading import ModelSource, context_length, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.sharded import load_divided
 from rlhf_cli.models.sharded_loading import UnreadModel, open_policy
 from rlhf_cli.models.sharding import share_shards

@@ -16,7 +16,8 @@ from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.pipeline.preflight import check_models_of_run
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings

@@ -12,7 +12,7 @@ from rlhf_cli.data.records import Ranking
 from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model import run as train_rm

@@ -13,7 +13,8 @@ import torch
 from rlhf_cli.data.records import Ranking
 from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, encode_group, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
