@@ -23,12 +23,13 @@ from rlhf_cli.models.reward_model.sharded import new_sharded_reward_model
 from rlhf_cli.models.sharding import is_divided, whole
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+from rlhf_cli.stages.ppo.trainer import PPOTrainer
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer

@@ -381,8 +381,9 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.rewards.base import Scores
+    from rlhf_cli.stages.ppo.data import PPOData
     from rlhf_cli.stages.ppo.rollout import own_sampling
-    from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+    from rlhf_cli.stages.ppo.trainer import PPOTrainer
 
     def vowels(prompts, texts, columns):
         return Scores([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts], {})
