@@ -210,8 +210,8 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
         DataError: the source cannot be read, or too many prompts are too long.
         UsageError: completions are so long that no prompt fits.
     """
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.data.token_lists import TokenLists
     from rlhf_cli.generation.prompts import TokenizedPrompts
 

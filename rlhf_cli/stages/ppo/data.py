@@ -102,10 +102,10 @@ def _demonstrations(
 ) -> tuple[Demonstrations, list[Demonstration]]:
     """Return the demonstrations that fit the policy and whose prompts are not held out, as token ids and as records;
     add the others to `skips`."""
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.models.loading import context_length
     from rlhf_cli.stages.ppo.ptx import Demonstrations
 

@@ -80,7 +80,7 @@ def make_plan(context: RewardModelContext, new: NewMember | None = None) -> tupl
         context: of the stage.
         new: makes that member; None is `new_member`.
     """
-    from rlhf_cli.data.chat_format import check_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.stages.reward_model.evaluation import check_has_preference
 

@@ -39,8 +39,8 @@ HELD_OUT_MEASURED = 500
 
 def run(context: SFTContext) -> StageOutcome:
     """Fine-tune on demonstrations whose prompts are not held out; write the merged model."""
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.generation.policy import own_stop_ids
     from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
     from rlhf_cli.models.loading import load_tokenizer, resolve_device
