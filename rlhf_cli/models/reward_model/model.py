@@ -22,10 +22,7 @@ from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.backbone import decoder_of, last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
-from rlhf_cli.models.reward_model.classifier import (
-    head_of,
-    max_length_of,
-)
+from rlhf_cli.models.reward_model.classifier import head_of, max_length_of
 from rlhf_cli.models.sharding import computing, equal_passes, is_sharded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import warn
