@@ -117,12 +117,7 @@ def load_ppo_models(
     elif unread is not None:
         models = _separate_sharded(source, unread, critic)
     else:
-        assert isinstance(critic, FullCritic | HeadStart)
-        reference = load_policy(source.in_full()).requires_grad_(False)
-        if source.precision != torch.float32:
-            split_weights(policy)
-            round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
-        models = SeparateModels(policy, reference, critic, idle=_idle(reference, settings, scratch))
+        models = _separate(source, policy, critic, settings, scratch)
     if isinstance(critic, FullCritic) and source.precision != torch.float32 and not is_sharded:
         with critic.active_model() as model:
             split_weights(model)
@@ -167,6 +162,22 @@ def _on_shared_backbone(
         unread.read()
         models.value_head.to(source.device)
     return models, None if config is None else _shared_reward(models, source, folder, config)
+
+
+def _separate(
+    source: ModelSource,
+    policy: PreTrainedModel,
+    critic: AdapterStart | HeadStart | FullCritic,
+    settings: PPOSettings,
+    scratch: Path | None,
+) -> SeparateModels:
+    """Load the reference beside a policy that is trained in full."""
+    assert isinstance(critic, FullCritic | HeadStart)
+    reference = load_policy(source.in_full()).requires_grad_(False)
+    if source.precision != torch.float32:
+        split_weights(policy)
+        round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
+    return SeparateModels(policy, reference, critic, idle=_idle(reference, settings, scratch))
 
 
 def _separate_sharded(
