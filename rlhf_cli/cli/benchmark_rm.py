@@ -62,7 +62,8 @@ def benchmark_rm(
 
 def _source(model: str, device: str, precision: str) -> ModelSource:
     from rlhf_cli.errors import UsageError
-    from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import DTYPES, ModelSource
 
     if precision not in DTYPES:
         raise UsageError(f"`--precision {precision}`: {' or '.join(DTYPES)} is expected")

@@ -42,7 +42,8 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
     to what was trained from it, as `models.remote_code` says. `model.quantize` applies to the frozen weights under an
     adapter: a stage that trains one passes `quantized`.
     """
-    from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import DTYPES, ModelSource
 
     settings = recipe.model
     device = resolve_device(settings.device)

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_cli.durations import format_duration
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import Entry, SamplerStatus, SessionProgress
 from rlhf_cli.labeling.terminal.controller import Controller, VisitCounts
 from rlhf_cli.labeling.terminal.drawing import draw, scroll_area
 from rlhf_cli.labeling.terminal.tty import Ended, Resized, Suspended, Terminal, check_terminal, opened
-from rlhf_cli.progress import format_duration, say
+from rlhf_cli.progress import say
 
 _SLOW = 0.5
 """If an action takes longer, keys pressed meanwhile are discarded: they were meant for the previous screen."""

@@ -45,7 +45,8 @@ def run(context: SFTContext) -> StageOutcome:
     from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.generation.policy import own_stop_ids
     from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
-    from rlhf_cli.models.loading import load_tokenizer, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.sft.training import train_sft
 
