@@ -39,8 +39,9 @@ from rlhf_cli.stages.ppo.model_saving import StepPolicies
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOTrainer
-from tests.distributed.sharded_helpers import NeverStop, copies, difference, one_process
+from tests.distributed.sharded_helpers import copies, difference, one_process
 from tests.generation import server_stand_in, vllm_stand_in
+from tests.stops import NeverStop
 
 Draws = Callable[[Policy], Generator | None]
 TEXTS = ["The cat sat", "Why is the sky blue?", "so", "Bread"]

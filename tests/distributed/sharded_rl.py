@@ -33,7 +33,8 @@ from rlhf_cli.stages.ppo.trainer import PPOTrainer
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
-from tests.distributed.sharded_helpers import NeverStop, copies, difference, furthest, is_main, one_process, trained
+from tests.distributed.sharded_helpers import copies, difference, furthest, is_main, one_process, trained
+from tests.stops import NeverStop
 
 
 def reward_model(model: Path, adapter: str, variant: str, folder: Path) -> dict[str, object]:

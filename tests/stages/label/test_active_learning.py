@@ -29,13 +29,6 @@ from tests.stages.context import stage_context
 PROMPTS = [f"Question {number}?" for number in range(20)]
 
 
-class NoStop:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
 def reward_model(base: Path, folder: Path, seed: int, std: float = 1.0) -> str:
     """A reward model nobody trained, whose rewards are stored as so many deviations."""
     scorer = new_reward_model(ModelSource(str(base)), template="{prompt}\n", lora=None, seed=seed)

@@ -24,13 +24,6 @@ from tests.stages.context import stage_context
 TEXTS = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
 
 
-class NeverStop:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.jsonl"

@@ -21,13 +21,6 @@ from rlhf_cli.stages.reward_model.quality import doubts
 from tests.stages.context import stage_context
 
 
-class Never:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
 def write_rankings(path: Path, count: int = 30, *, answers: int = 3, extra=()) -> Path:
     """The answer with more water is better."""
     lines = [
