@@ -40,7 +40,8 @@ from rlhf_cli.data.splits import Split
 from rlhf_cli.labeling.active_learning import Item, Strategy, select
 from rlhf_cli.labeling.scoring import tiers_from_scores
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.evaluation import accuracy

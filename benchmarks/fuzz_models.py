@@ -92,7 +92,8 @@ def make_models(root: Path) -> None:
     from rlhf_cli.data.splits import Split
     from rlhf_cli.generation.contract import Contract
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+    from rlhf_cli.models.reward_model.files import save_reward_model
+    from rlhf_cli.models.reward_model.loading import new_reward_model
     from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
     from tests.conftest import byte_level_tokenizer
 
@@ -258,7 +259,7 @@ def _check_rewards(case: Case) -> str:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
 
     ours = load_reward_model(ModelSource(str(case.folder), attention="sdpa"), template=None)
     sequence = ours.encode("Why?", "Because.")

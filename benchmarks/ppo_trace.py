@@ -38,11 +38,12 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import NO_COLUMNS, Columns, Scores
+from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+from rlhf_cli.stages.ppo.trainer import PPOTrainer
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
 
 PUBLISHED = {

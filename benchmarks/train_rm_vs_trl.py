@@ -48,7 +48,7 @@ def main() -> int:
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Write the classifier, the rankings, and the pairs in the order in which our side takes their groups."""
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.models.reward_model.model import new_reward_model
+    from rlhf_cli.models.reward_model.loading import new_reward_model
     from rlhf_cli.settings.shared import LoraSettings
     from rlhf_cli.stages.reward_model.data import Batches, by_length, encode_group
 

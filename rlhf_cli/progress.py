@@ -25,6 +25,7 @@ from rich.markup import escape
 from rlhf_cli.console import bar_of_tasks, console, interactive
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
+from rlhf_cli.durations import format_clock, format_duration
 from rlhf_cli.verbosity import is_verbose
 
 if TYPE_CHECKING:
@@ -309,20 +310,6 @@ def _shown(label: str, total: int, unit: str, done: int, *, saves: bool) -> Iter
         running.tell(_counted(total - done, unit))
         yield running
         running.tell(f"done in {running.so_far}")
-
-
-def format_clock(seconds: float) -> str:
-    """Format seconds as a clock does: 0:04, 12:05, 1:20:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds for people: 4.2 s, 3 min 05 s, 1 h 20 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def say(text: str, *, always: bool = False) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlhf_cli import progress
 from rlhf_cli.console import Messages, show_under_bar
+from rlhf_cli.durations import format_clock, format_duration
 from tests.terminals import screen_of
 
 
@@ -166,12 +167,12 @@ def test_markup_in_what_users_wrote_is_text(capsys):
     ],
 )
 def test_durations_are_formatted_for_people(seconds, words):
-    assert progress.format_duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0:00"), (59.6, "1:00"), (725, "12:05"), (4800, "1:20:00")])
 def test_bars_show_times_as_clocks_do(seconds, words):
-    assert progress.format_clock(seconds) == words
+    assert format_clock(seconds) == words
 
 
 def read(path):

@@ -15,7 +15,8 @@ from rlhf_cli.generation.contract import read_contract
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.loading import DTYPES, ModelSource, as_stored, load_config, load_tokenizer, resolve_device
+from rlhf_cli.models.device import resolve_device
+from rlhf_cli.models.loading import DTYPES, ModelSource, as_stored, load_config, load_tokenizer
 from rlhf_cli.pipeline.manifest import FILE_NAME, DamagedArtifact, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say
@@ -62,7 +63,7 @@ class ChatModels:
 
     def load_reward_model(self) -> RewardModel | None:
         """Load the reward model."""
-        from rlhf_cli.models.reward_model.model import load_reward_model
+        from rlhf_cli.models.reward_model.loading import load_reward_model
 
         if self.reward is None:
             return None

@@ -40,7 +40,7 @@ def benchmark_rm(
     in which they are published.
     """
     from rlhf_cli.files import write_whole
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
     from rlhf_cli.rewards.benchmarks.formats import read_benchmark
     from rlhf_cli.rewards.benchmarks.run import score_benchmark
     from rlhf_cli.rewards.benchmarks.scores import benchmark_report
@@ -62,7 +62,8 @@ def benchmark_rm(
 
 def _source(model: str, device: str, precision: str) -> ModelSource:
     from rlhf_cli.errors import UsageError
-    from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import DTYPES, ModelSource
 
     if precision not in DTYPES:
         raise UsageError(f"`--precision {precision}`: {' or '.join(DTYPES)} is expected")

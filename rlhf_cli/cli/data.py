@@ -102,7 +102,7 @@ def _reading(recipe: Recipe, kind: str) -> tuple[PromptFormat, Limits]:
     from rlhf_cli.generation.prompts import prompt_format, prompt_style
     from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
     from rlhf_cli.models.reward_model.classifier import check_reward_config
-    from rlhf_cli.models.reward_model.model import reward_format
+    from rlhf_cli.models.reward_model.loading import reward_format
     from rlhf_cli.stages.common import trusts_code
 
     path = recipe.model.path

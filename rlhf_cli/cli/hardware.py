@@ -69,7 +69,7 @@ def _unused_gpu() -> Iterator[Finding]:
 def _torch() -> dict[str, Any]:
     import torch
 
-    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.device import resolve_device
     from rlhf_cli.models.precision_trial import has_bfloat16
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

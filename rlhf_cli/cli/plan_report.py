@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf_cli.durations import format_duration
 from rlhf_cli.pipeline.disk_space import format_bytes
 from rlhf_cli.pipeline.plan import RunPlan, StagePlan
 from rlhf_cli.pipeline.prediction import Took
-from rlhf_cli.progress import format_duration
 from rlhf_cli.stages.workload import Workload
 from rlhf_cli.statistics.wording import PRECISION
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_cli.console import console
-from rlhf_cli.progress import format_duration, say
+from rlhf_cli.durations import format_duration
+from rlhf_cli.progress import say
 
 if TYPE_CHECKING:
     from rlhf_cli.pipeline.runner import RunResult, StageResult

@@ -116,6 +116,11 @@ def prompt_to_json(prompt: Prompt) -> str | list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in prompt]
 
 
+def messages_of(prompt: Prompt) -> tuple[Message, ...]:
+    """The turns of a prompt: plain text is one of the user."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
 def prompt_text(prompt: Prompt) -> str:
     """The prompt as text for reward functions and people: plain text unchanged, turns as `role: content`."""
     if isinstance(prompt, str):

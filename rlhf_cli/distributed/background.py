@@ -49,7 +49,7 @@ class BackgroundCommand:
         self._command, self._log = command, log
         self.has_failed = threading.Event()
         self._changed = threading.Event()
-        self._news: dict[str, Any] | None = None
+        self._message: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
         self._is_stopped = False
 
@@ -82,7 +82,7 @@ class BackgroundCommand:
         return self._process.poll() is None
 
     def wait(self) -> Mapping[str, str] | None:
-        """Wait until the process hands the terminal over; returns its news, or None if it has done all its work.
+        """Wait until the process hands the terminal over; returns its message, or None if it has done all its work.
 
         Raises:
             ReportedError: it failed; its error was printed, and the exit code is its own.
@@ -91,8 +91,8 @@ class BackgroundCommand:
         with handling(self._forward, self._suspend):
             while not self._changed.wait(_POLL):
                 pass
-        if self._news is not None:
-            return self._news
+        if self._message is not None:
+            return self._message
         self._thread.join()
         self.check()
         return None
@@ -156,14 +156,14 @@ class BackgroundCommand:
         # ValueError: half a line, of a process that was killed while it wrote.
         with contextlib.suppress(OSError, ValueError), self._channel.makefile("rb") as lines:
             for line in lines:
-                told = json.loads(line)
-                if "news" in told:
-                    self._news = told["news"]
+                received = json.loads(line)
+                if "handed_over" in received:
+                    self._message = received["handed_over"]
                     self._changed.set()
                 else:
-                    self._error = told
+                    self._error = received
         code = self._process.wait()
-        waits = code == EXIT_WAITING and self._news is not None
+        waits = code == EXIT_WAITING and self._message is not None
         if code != 0 and not waits and not self._is_stopped:
             self.has_failed.set()
         self._changed.set()

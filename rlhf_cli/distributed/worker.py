@@ -38,19 +38,19 @@ def is_supervised() -> bool:
     return _is_supervised
 
 
-def hand_over(**news: str) -> None:
+def hand_over(**message: str) -> None:
     """Tell the supervisor of a background command that the terminal is its own from now on; else do nothing.
 
     What this process writes to stdout and stderr goes to a file of the supervisor afterwards. Call it outside `task`,
     whose bar would go on.
 
     Args:
-        news: what the supervisor needs to know.
+        message: what the supervisor needs to know.
     """
     global _is_handed_over
     if _background is not None and not _is_handed_over:
         _is_handed_over = True
-        _background.leave_terminal(news)
+        _background.leave_terminal(message)
 
 
 def is_handed_over() -> bool:
@@ -92,14 +92,14 @@ class Worker:
         _background = cls(channel, int(output))
         return _background
 
-    def leave_terminal(self, news: dict[str, str]) -> None:
+    def leave_terminal(self, message: dict[str, str]) -> None:
         """See `hand_over`."""
         assert self._output is not None
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(self._output, descriptor)
         with contextlib.suppress(OSError):  # the supervisor has died: `_watch_supervisor` ends this process
-            self._channel.sendall(json.dumps({"news": news}).encode() + b"\n")
+            self._channel.sendall(json.dumps({"handed_over": message}).encode() + b"\n")
 
     def _watch_supervisor(self) -> None:
         with contextlib.suppress(OSError):

@@ -161,7 +161,7 @@ def _reward_model(model: ExportedModel, source) -> tuple[PreTrainedModel, PreTra
 
     from rlhf_cli.models.lora import merge_lora
     from rlhf_cli.models.reward_model.files import set_padding
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
     from rlhf_cli.transformer.config import TransformerConfig
     from rlhf_cli.transformer.conversion import as_transformers
 

@@ -111,14 +111,22 @@ def save_policy(
         merge_lora(model, adapter.name)
     save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
     model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
-    check_float32(folder)
-    check_tokenizer(tokenizer, folder, source)
-    written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
-    if in_memory is not None:
-        in_memory.check(written, folder / ADAPTER_FOLDER)
+    written = _read_back(folder, source, tokenizer, in_memory)
     kl = mean_kl(trained, completion_logits(written, probe))
     _check_kl(kl, folder)
     return kl
+
+
+def _read_back(
+    folder: Path, source: ModelSource, tokenizer: PreTrainedTokenizerBase, in_memory: AdapterInMemory | None
+) -> PreTrainedModel:
+    """Load a written policy on the CPU, and check its files, its tokenizer and its adapter."""
+    check_float32(folder)
+    check_tokenizer(tokenizer, folder, source)
+    written = load_policy(as_stored(replace(source.on_cpu(), path=str(folder), revision=None)))
+    if in_memory is not None:
+        in_memory.check(written, folder / ADAPTER_FOLDER)
+    return written
 
 
 def _adapter_base(

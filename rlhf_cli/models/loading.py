@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,12 +15,9 @@ from transformers import (
 )
 
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
-from rlhf_cli.distributed.accelerate_settings import USE_CPU, wants_cpu
-from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention
 from rlhf_cli.models.backbone import text_config
-from rlhf_cli.models.gpu_check import unused_gpu
 from rlhf_cli.models.hub import commit_of, hub_model, local_folder
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.libraries import quiet_libraries
@@ -35,7 +30,6 @@ from rlhf_cli.models.stored_weights import stored_heads
 from rlhf_cli.models.third_party import CONFIG_HINT, reading
 from rlhf_cli.models.tokenizer import read_tokenizer
 from rlhf_cli.models.weight_loading import base_of, check_weights, language_model_class, load_weights, open_weights
-from rlhf_cli.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -113,65 +107,6 @@ class ModelSource:
         """Whether `load_weights` splits an adapter off the weights into which it was merged."""
         is_rounded = self.precision != torch.float32 and self.quantize == "none"
         return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(self.folder)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Resolve `auto` (CUDA if available, else the CPU), `cpu` or `cuda`. Each process of a group gets its own GPU.
-
-    Under `accelerate launch --cpu`, `auto` is the CPU and `cuda` an error. `auto` never selects MPS: sampling uses
-    float64, which MPS does not support.
-
-    Raises:
-        ModelError: the name is unknown, or the GPU is not available.
-    """
-    if wants_cpu(os.environ):
-        if name == "cuda":
-            raise ModelError(
-                f"`model.device: cuda`, but accelerate's launcher was told to use the CPU ({USE_CPU})",
-                hint=f"use `auto` or `cpu`, or launch without `--cpu` (`use_cpu: false`, {USE_CPU}=false)",
-            )
-        name = "cpu" if name == "auto" else name
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu":
-            warn_of_unused_gpu()
-    if name == "mps":
-        raise ModelError(
-            "`model.device: mps` is not supported: sampling uses float64, which Apple's GPUs do not have",
-            hint="use `cpu`",
-        )
-    if name not in ("cpu", "cuda"):
-        raise ModelError(
-            f"`model.device` must be auto, cpu or cuda, got `{name}`",
-            hint="to choose one of several GPUs, set CUDA_VISIBLE_DEVICES=1",
-        )
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        unused = unused_gpu()
-        if unused is not None:
-            raise ModelError(f"`model.device: cuda`: {unused.reason}", hint=f"{unused.fix}; or use `cpu`")
-        raise ModelError("`model.device: cuda`: torch finds no CUDA device", hint="use `auto` or `cpu`")
-    return torch.device("cuda") if world_size() == 1 else _own_gpu()
-
-
-@cache
-def warn_of_unused_gpu() -> None:
-    """Warn once that `auto` is the CPU although there is a GPU."""
-    if (unused := unused_gpu()) is not None:
-        warn(f"{unused.reason}; the CPU is used, which takes much longer: {unused.fix}")
-
-
-def _own_gpu() -> torch.device:
-    """Return this process's GPU. NCCL does not allow two processes on one GPU."""
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
-        raise ModelError(
-            f"process {number + 1} on this machine finds {count:,} GPUs, but each process needs one of its own",
-            hint=f"use `--processes {count}`, or `--set model.device=cpu`",
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:

@@ -8,19 +8,16 @@ that must be downloaded first are checked when a stage loads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 from huggingface_hub import constants
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from rlhf_cli.data.chat_format import PromptFormat
-from rlhf_cli.data.special_tokens import ids_of
-from rlhf_cli.errors import ModelError, RLHFError, UsageError
+from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.adapter_files import read_adapter
 from rlhf_cli.models.base_model import check_base
+from rlhf_cli.models.findings import Findings, ModelUse
 from rlhf_cli.models.hub import hub_model
 from rlhf_cli.models.loading import (
     ModelSource,
@@ -44,8 +41,7 @@ from rlhf_cli.models.reward_model.files import (
 )
 from rlhf_cli.models.role import ModelRole
 from rlhf_cli.models.stored_weights import MissingWeightsError, stored_heads, weight_files
-from rlhf_cli.models.third_party import reading
-from rlhf_cli.models.tokenizer import TOKENIZER_FILES
+from rlhf_cli.models.text_checks import check_text
 from rlhf_cli.models.weight_loading import (
     base_of,
     empty_model,
@@ -53,52 +49,6 @@ from rlhf_cli.models.weight_loading import (
     open_weights,
     read_generation_config,
 )
-
-T = TypeVar("T")
-
-_SAMPLE = "Why is the sky blue?"
-_CLASS = "correct `tokenizer_class` in tokenizer_config.json: another class reads another kind of tokenizer.json"
-
-
-@dataclass(frozen=True)
-class ModelUse:
-    """A model of a run and what the run does with it.
-
-    Attributes:
-        source: where it comes from.
-        role: see `ModelRole`.
-        template: of plain-text prompts: None, "chat" or text around `{prompt}`; "auto" is the model's own.
-        template_kwargs: arguments of the chat template.
-        max_new_tokens: longest completion that is drawn from it; None if none is.
-    """
-
-    source: ModelSource
-    role: ModelRole
-    template: str | None = "auto"
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    max_new_tokens: int | None = None
-
-
-@dataclass
-class Findings:
-    """What the checks of a model found.
-
-    Attributes:
-        errors: a stage would fail or be wrong.
-        warnings: a stage can go on.
-    """
-
-    errors: list[RLHFError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def attempt(self, check: Callable[..., T], *arguments: Any) -> T | None:
-        """Return what a check returns; None if it raises, and then keep its error."""
-        try:
-            return check(*arguments)
-        except RLHFError as error:
-            if all(error.message != known.message for known in self.errors):
-                self.errors.append(error)
-            return None
 
 
 def check_model(use: ModelUse) -> Findings:
@@ -122,7 +72,7 @@ def check_model(use: ModelUse) -> Findings:
     found.attempt(read_generation_config, source, config)
     found.warnings += remote_code(source)
     if (tokenizer := found.attempt(load_tokenizer, source)) is not None:
-        _check_text(found, use, config, tokenizer, reward)
+        check_text(found, use, config, tokenizer, reward)
     if use.max_new_tokens is not None:
         found.attempt(check_completion_length, config, use.max_new_tokens, source.path)
     return found
@@ -230,7 +180,7 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
         )
     tokenizer = found.attempt(load_tokenizer, source)
     if tokenizer is not None:
-        _check_text(found, use, config, tokenizer, reward)
+        check_text(found, use, config, tokenizer, reward)
 
 
 def _check_adapter_fits(base: ModelSource, folder: Path) -> None:
@@ -278,89 +228,4 @@ def check_completion_length(config: PretrainedConfig, max_new_tokens: int, path:
             f"completions of {max_new_tokens:,} tokens leave no room for a prompt: `{path}` reads {context:,} tokens "
             "in all",
             hint="lower `max_new_tokens` of the stage, or `sampling.max_new_tokens`",
-        )
-
-
-def _check_text(
-    found: Findings,
-    use: ModelUse,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    reward: RewardModelConfig | None,
-) -> None:
-    """Check that text becomes ids that the model has rows for."""
-    rows = int(config.get_text_config(decoder=True).vocab_size)
-    used = found.attempt(sample_ids, use, config, tokenizer, reward)
-    if used is None:
-        return
-    found.attempt(check_encoding, tokenizer, use.source.path)
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
-    if not beyond:
-        return
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    wrong = [(number, token) for number, token in beyond if number in used or number not in special]
-    path = use.source.path
-    if wrong:
-        found.errors.append(
-            ModelError(
-                f"`{path}`: the embedding has {rows:,} rows, and {len(beyond):,} tokens of the tokenizer are beyond "
-                f"it, such as {wrong[0][1]!r} ({wrong[0][0]})",
-                hint="use the tokenizer that the model was trained with, or add rows once: "
-                "`model.resize_token_embeddings(len(tokenizer))`, then save both",
-            )
-        )
-    else:
-        names = ", ".join(repr(token) for _, token in beyond[:3])
-        found.warnings.append(
-            f"{path}: {len(beyond):,} special tokens of the tokenizer are beyond the {rows:,} rows of the embedding, "
-            f"such as {names}; nothing that was tried uses them"
-        )
-
-
-def sample_ids(
-    use: ModelUse, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardModelConfig | None
-) -> set[int]:
-    """Return the ids of a prompt with a completion as the model will read them, and of the tokens that end it.
-
-    Raises:
-        ModelError: the tokenizer has no end token, or its template refuses a conversation of two turns.
-    """
-    source, is_reward = use.source, use.role in ("reward model", "start of a reward model")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    template, kwargs = use.template, use.template_kwargs
-    if reward is not None and is_reward:
-        template, kwargs = reward.template, reward.template_kwargs
-    elif template == "auto":
-        template = "chat" if has_template else None
-    elif is_reward and template == "chat" and not has_template:
-        template = None
-    with reading(
-        f"cannot encode text with the tokenizer of `{source.path}`", source.folder, TOKENIZER_FILES, hint=_CLASS
-    ):
-        prompt_format = PromptFormat(
-            tokenizer,
-            template,
-            name=f"`{source.path}`",
-            is_encoder=is_reward and check_reward_config(config, source.path),
-            is_encoder_decoder=config.is_encoder_decoder,
-            template_kwargs=kwargs,
-        )
-        if is_reward:
-            return {*prompt_format.pair_ids(_SAMPLE, "So."), *prompt_format.end_ids}
-        prompt, completion = prompt_format.sequence_ids(_SAMPLE, "So.")
-        return {*prompt, *completion, *prompt_format.end_ids}
-
-
-def check_encoding(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Check that a tokenizer knows the characters of a short English text.
-
-    Raises:
-        ModelError: it encodes the text as unknown tokens alone, or as nothing.
-    """
-    ids = set(ids_of(tokenizer, _SAMPLE))
-    if not ids - {tokenizer.unk_token_id}:  # pyright: ignore[reportUnhashable]  (annotated for batches too)
-        raise ModelError(
-            f"the tokenizer of `{path}`, a {type(tokenizer).__name__}, encodes {_SAMPLE!r} as "
-            f"{'unknown tokens' if ids else 'nothing'}",
-            hint=_CLASS,
         )

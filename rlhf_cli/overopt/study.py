@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.data.records import PromptRecord
+from rlhf_cli.durations import format_duration
 from rlhf_cli.errors import DivergedError, RLHFError
 from rlhf_cli.files import write_whole
 from rlhf_cli.generation.contract import read_contract, split_of
@@ -28,7 +29,7 @@ from rlhf_cli.overopt.results import Optimized, Result
 from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Selection
-from rlhf_cli.progress import format_duration, say, warn
+from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG

@@ -147,7 +147,7 @@ def plan_run(
     planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
     with loaded.locating():
         steps = planner.plan(check)
-    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.device import resolve_device
 
     device = resolve_device(here.model.device).type
     limit = machine_memory(device) if target is None else int(target.cluster.memory)

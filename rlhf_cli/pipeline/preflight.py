@@ -163,7 +163,7 @@ def _check_critics(inputs: Sequence[Input]) -> dict[str, RLHFError]:
     critics = [one for one in inputs if one.kind == "critic"]
     if not critics:
         return {}
-    from rlhf_cli.stages.ppo.critic import check_saved_critic  # imports torch, which the stage needs anyway
+    from rlhf_cli.stages.ppo.critic_files import check_saved_critic  # imports torch, which the stage needs anyway
 
     errors: dict[str, RLHFError] = {}
     for given in critics:
@@ -186,8 +186,9 @@ def _check_use(
     recipe: Recipe, source: str, role: ModelRole, sections: Sequence[str], contract: Contract | None
 ) -> list[RLHFError]:
     """Return the problems of a model in a role; warns of what a stage can go on with."""
+    from rlhf_cli.models.findings import ModelUse
     from rlhf_cli.models.loading import ModelSource  # imports torch, which the stages need anyway
-    from rlhf_cli.models.preflight import ModelUse, check_model
+    from rlhf_cli.models.preflight import check_model
 
     use = ModelUse(
         ModelSource(source, trust_remote_code=trusts_code(recipe, source)),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,27 +15,25 @@ from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
-from rlhf_cli.distributed.watchdog import watching
-from rlhf_cli.errors import RequirementError, RLHFError
-from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory, return_freed_memory
+from rlhf_cli.errors import RequirementError
+from rlhf_cli.memory import keep_freed_memory, return_freed_memory
 from rlhf_cli.models.resources import Extent, ModelShape
 from rlhf_cli.pipeline.agreement import check_agreement
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
-from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
+from rlhf_cli.pipeline.fingerprint import fingerprint
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.record import Record, command_line
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.stage_run import manifest_settings, run_stage, stage_context
 from rlhf_cli.progress import begin_stage, recorded, say, warn, what_is_saved
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
-from rlhf_cli.settings.base import Section
 from rlhf_cli.stages import registry
-from rlhf_cli.stages.base import ENGINE_RECORD, Stage, StageContext, StageOutcome
-from rlhf_cli.stages.inputs import StageInputs
+from rlhf_cli.stages.base import ENGINE_RECORD, Stage
 from rlhf_cli.training.monitoring.timing_log import show_table
 
 
@@ -109,7 +104,10 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     limit_threads(recipe.model.threads)
-    keep_freed_memory() if recipe.model.sharding == "none" else return_freed_memory()
+    if recipe.model.sharding == "none":
+        keep_freed_memory()
+    else:
+        return_freed_memory()
     join_launched()
     coordinator = Coordinator(partial(check_agreement, recipe, folder))
     if not is_main():
@@ -144,7 +142,7 @@ def _follow(recipe: Recipe, directory: RunDirectory, coordinator: Coordinator) -
         while (start := coordinator.receive()) is not None:
             stage = registry.stage(start.stage)
             inputs = stage.inputs_type.from_json(start.inputs)
-            _run_stage(_context(recipe, directory, stage, inputs, stop))
+            run_stage(stage_context(recipe, directory, stage, inputs, stop))
             coordinator.barrier()
 
 
@@ -244,10 +242,10 @@ class _Executor:
                 self._accept(stage, manifest)
 
     def _work(self, step: Step) -> Manifest:
-        context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
+        context = stage_context(self._recipe, self._run, step.stage, step.inputs, self._stop)
         started, clock = now(), time.monotonic()
         self._coordinator.broadcast(StageStart(step.stage.name, step.inputs.to_json()))
-        outcome = _run_stage(context)
+        outcome = run_stage(context)
         self._coordinator.barrier()
         outputs = list_outputs(context.output)
         if not outputs:
@@ -295,69 +293,3 @@ def check_steps(recipe: Recipe, steps: Iterable[Step]) -> None:
     to_run = not_cached(steps)
     inputs = (given for step in to_run for given in step.inputs.by_name().values())
     preflight(recipe, inputs, {step.stage.name for step in to_run})
-
-
-def _context(
-    recipe: Recipe, run: RunDirectory, stage: Stage, inputs: StageInputs, stop: StopRequest
-) -> StageContext[Any, Any]:
-    return StageContext(
-        stage=stage,
-        settings=recipe.section(stage.name),
-        inputs=inputs,
-        recipe=recipe,
-        output=run.output(stage.name),
-        work=run.work(stage.name),
-        stop=stop,
-        tracked=settings_of(stage, recipe),
-    )
-
-
-def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
-    module = importlib.import_module(context.stage.module)
-    name, patience = context.stage.name, context.recipe.stall_seconds
-    with contextlib.redirect_stdout(sys.stderr), _explained(context.stage, context.settings), watching(patience, name):
-        outcome: StageOutcome = module.run(context)
-    free_memory()
-    return outcome
-
-
-def manifest_settings(recipe: Recipe, stage: Stage, engine: Path) -> dict[str, Any]:
-    """Return the settings for the manifest.
-
-    Args:
-        recipe: of the run.
-        stage: that ran.
-        engine: file with what drew its completions, which takes the place of `generation.engine`; need not exist.
-    """
-    plain = recipe.model_dump(mode="json")
-    if engine.is_file():
-        plain["generation"]["engine"] = engine.read_text(encoding="utf-8").strip()
-    return {key: plain[key] for key in (stage.section, "model", "data", "sampling", "generation", "seed")}
-
-
-@contextlib.contextmanager
-def _explained(stage: Stage, settings: Section):
-    """Turn running out of memory into an error with a hint."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise RLHFError(f"out of memory in `{stage.name}`", hint=_memory_hint(stage, settings)) from error
-        raise
-
-
-def _memory_hint(stage: Stage, settings: Section) -> str:
-    """Name the settings that lower a stage's memory; a pass has been halved down to one row."""
-    fields, is_lora = type(settings).model_fields, getattr(settings, "adapter", "lora") == "lora"
-    torch = sys.modules.get("torch")
-    ways = []
-    if getattr(settings, "gradient_checkpointing", True) is False:
-        ways.append(f"set `{stage.section}.gradient_checkpointing` to true")
-    if getattr(settings, "offload_frozen", True) is False and not is_lora and torch and torch.cuda.is_available():
-        ways.append(f"set `{stage.section}.offload_frozen` to true")
-    lower = {"rollout_batch_size": "rollout_batch_size", "sampling": "sampling.batch_size"}
-    ways += [f"lower `{stage.section}.{setting}`" for field, setting in lower.items() if field in fields]
-    if ways:
-        return f"{', or '.join(ways)}; the result stays the same, and the run resumes from its last checkpoint"
-    smaller = "`model.quantize`" if is_lora else f"`{stage.section}.adapter: lora`"
-    return f"use {smaller}, or a smaller model; the stage then starts from its first step"

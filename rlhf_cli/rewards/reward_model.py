@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.models.reward_model.sharded import load_divided
 from rlhf_cli.rewards.base import NO_COLUMNS, Columns
 

@@ -42,7 +42,8 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
     to what was trained from it, as `models.remote_code` says. `model.quantize` applies to the frozen weights under an
     adapter: a stage that trains one passes `quantized`.
     """
-    from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import DTYPES, ModelSource
 
     settings = recipe.model
     device = resolve_device(settings.device)
@@ -210,8 +211,8 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
         DataError: the source cannot be read, or too many prompts are too long.
         UsageError: completions are so long that no prompt fits.
     """
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.data.token_lists import TokenLists
     from rlhf_cli.generation.prompts import TokenizedPrompts
 

@@ -70,11 +70,7 @@ def draw_completions(
             pass  # loads the weights, which is not sampling
 
     def draw(chunk: Sequence[int], progress: Drawing) -> list[Completion]:
-        requests = [
-            Request(prompts.ids[number], seed_for(prompts.prompts[number], context.recipe.seed, k))
-            for number in chunk
-            for k in range(per_prompt)
-        ]
+        requests = _requests(prompts, chunk, per_prompt, context.recipe.seed)
         return generator.generate(policy, requests, progress=progress, stop=context.stop.check)
 
     limit, tokens = policy.sampling.max_new_tokens, 0
@@ -91,6 +87,15 @@ def draw_completions(
             file.fill(partial(draw, progress=progress), context.stop.check, receive or (lambda _: None))
     policy.release()
     return file.read(), tokens + progress.tokens
+
+
+def _requests(prompts: TokenizedPrompts, chunk: Sequence[int], per_prompt: int, seed: int) -> list[Request]:
+    """Return K requests for each prompt of a chunk, each with a seed of its own."""
+    return [
+        Request(prompts.ids[number], seed_for(prompts.prompts[number], seed, k))
+        for number in chunk
+        for k in range(per_prompt)
+    ]
 
 
 def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:

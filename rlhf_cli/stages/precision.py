@@ -47,7 +47,7 @@ def decide_precision(context: Context) -> Context:
 
 def _warn_of_emulation(model: ModelSettings) -> None:
     """Warn where the recipe asks for a precision that this machine only emulates, many times slower."""
-    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.device import resolve_device
     from rlhf_cli.models.precision_trial import has_bfloat16
 
     if model.precision != "bfloat16":
@@ -73,7 +73,7 @@ def _decided(context: StageContext[Any, Any]) -> str:
 
 def _faster(context: StageContext[Any, Any]) -> tuple[str, str]:
     """Return the faster precision for the stage's model, and why it is taken."""
-    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.device import resolve_device
     from rlhf_cli.models.precision_trial import faster_precision
 
     if context.recipe.model.dtype == "bfloat16":

@@ -63,7 +63,7 @@ def require_processes(recipe: RunSettings) -> None:
         )
     _check_size(model, count)
     if model.sharding_cpu_offload:
-        from rlhf_cli.models.loading import resolve_device
+        from rlhf_cli.models.device import resolve_device
 
         if (device := resolve_device(model.device).type) == "cpu":
             raise UsageError(

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from rlhf_cli.data.chat_format import check_records
 from rlhf_cli.data.examples import tokenize
 from rlhf_cli.data.records import Demonstration, Prompt, PromptRecord, Ranking, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.sources import LoadedRecords, iter_records, read_records
 from rlhf_cli.data.splits import Split
+from rlhf_cli.data.template_checks import check_records
 from rlhf_cli.errors import DataError, RLHFError
 from rlhf_cli.generation.contract import split_of
 from rlhf_cli.progress import warn

@@ -92,8 +92,9 @@ def check_role(path: str, role: ModelRole) -> None:
     Raises:
         ModelError: it cannot.
     """
+    from rlhf_cli.models.findings import ModelUse
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.models.preflight import ModelUse, check_model
+    from rlhf_cli.models.preflight import check_model
 
     found = check_model(ModelUse(ModelSource(path), role))
     raise_all(found.errors)

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_cli.durations import format_clock
 from rlhf_cli.generation.generator import Progress
 from rlhf_cli.generation.progress import Drawing
-from rlhf_cli.progress import Task, format_clock
+from rlhf_cli.progress import Task
 
 if TYPE_CHECKING:
     import torch

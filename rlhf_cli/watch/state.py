@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
+from rlhf_cli.durations import format_clock
 from rlhf_cli.pipeline.diagnosis import check_run_directory, findings_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.stage_states import StageState, states_of
 from rlhf_cli.plain_text import printable
-from rlhf_cli.progress import format_clock
 from rlhf_cli.stages.registry import REGISTRY
 from rlhf_cli.training.monitoring.health.findings import Finding
 from rlhf_cli.training.monitoring.run_files import DETECTIONS, METRICS, SAMPLES

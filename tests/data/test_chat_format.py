@@ -4,9 +4,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_cli.data.chat_format import PromptFormat, check_records
+from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.examples import tokenize
 from rlhf_cli.data.records import Demonstration, Message, PromptRecord
+from rlhf_cli.data.template_checks import check_records
 from rlhf_cli.errors import DataError, ModelError
 
 BOS, EOS = "<s>", "</s>"

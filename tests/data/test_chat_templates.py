@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.data.chat_format import PromptFormat, check_records
+from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.examples import tokenize
 from rlhf_cli.data.records import Demonstration, Message, Ranking
+from rlhf_cli.data.template_checks import check_records
 from tests.chat_templates import BY_NAME, FAMILIES, OPENS_REASONING, Family, table, turns
 
 ROOT = Path(__file__).resolve().parents[2]

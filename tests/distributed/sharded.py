@@ -26,17 +26,9 @@ from rlhf_cli.models.sharded_loading import open_policy
 from rlhf_cli.models.sharding import is_divided, local
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sft.training import make_trainable, train_sft
-from tests.distributed.sharded_helpers import (
-    NeverStop,
-    copies,
-    difference,
-    figures,
-    furthest,
-    is_main,
-    one_process,
-    trained,
-)
+from tests.distributed.sharded_helpers import copies, difference, figures, furthest, is_main, one_process, trained
 from tests.distributed.sharded_rl import ppo, reward_model
+from tests.stops import NeverStop, StopAtCheck
 
 
 def examples() -> list[Example]:
@@ -144,28 +136,12 @@ def two_steps(model: Path, adapter: str, variant: str, folder: Path) -> dict[str
     return {}
 
 
-class StopAt:
-    """A signal that comes in a step."""
-
-    def __init__(self, step: int) -> None:
-        self._left = step
-
-    @property
-    def requested(self) -> bool:
-        return self._left <= 0
-
-    def check(self) -> None:
-        self._left -= 1
-        if self.requested:
-            raise Interrupted(15)
-
-
 def resume(model: Path, adapter: str, variant: str, folder: Path) -> dict[str, object]:
     """Stop a sharded run, resume it sharded and in one process, and compare with one that was not stopped."""
     whole_run = load(model, adapter, is_sharded=True)
     fine_tune(whole_run, adapter, folder / "whole", ProcessGroup())
     try:
-        fine_tune(load(model, adapter, is_sharded=True), adapter, folder / "sharded", ProcessGroup(), StopAt(5))
+        fine_tune(load(model, adapter, is_sharded=True), adapter, folder / "sharded", ProcessGroup(), StopAtCheck(5))
         raise AssertionError("it was not stopped")
     except Interrupted:
         pass

@@ -12,15 +12,6 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.models.sharding import whole
 
 
-class NeverStop:
-    """No signal comes."""
-
-    requested = False
-
-    def check(self) -> None:
-        """Nothing."""
-
-
 def one_process() -> ProcessGroup:
     """A process of its own, within the others."""
     alone = ProcessGroup()

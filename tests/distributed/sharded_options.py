@@ -26,19 +26,22 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_generator import VLLMServerGenerator
 from rlhf_cli.models import sharding
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.models.sharding import local, whole
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import GenerationSettings, LoraSettings
 from rlhf_cli.stages.ppo import rollout
+from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import StepPolicies
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
-from tests.distributed.sharded_helpers import NeverStop, copies, difference, one_process
+from rlhf_cli.stages.ppo.trainer import PPOTrainer
+from tests.distributed.sharded_helpers import copies, difference, one_process
 from tests.generation import server_stand_in, vllm_stand_in
+from tests.stops import NeverStop
 
 Draws = Callable[[Policy], Generator | None]
 TEXTS = ["The cat sat", "Why is the sky blue?", "so", "Bread"]

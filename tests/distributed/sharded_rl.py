@@ -16,21 +16,25 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.adapter_layers import adapter_parameters
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.sharded import new_sharded_reward_model
 from rlhf_cli.models.sharding import is_divided, whole
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+from rlhf_cli.stages.ppo.trainer import PPOTrainer
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
-from tests.distributed.sharded_helpers import NeverStop, copies, difference, furthest, is_main, one_process, trained
+from tests.distributed.sharded_helpers import copies, difference, furthest, is_main, one_process, trained
+from tests.stops import NeverStop
 
 
 def reward_model(model: Path, adapter: str, variant: str, folder: Path) -> dict[str, object]:

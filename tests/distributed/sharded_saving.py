@@ -28,7 +28,8 @@ from rlhf_cli.models.adapter_layers import adapter_state
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model import verification
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, new_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.sharded import load_divided, new_sharded_reward_model
 from rlhf_cli.models.reward_model.verification import save_trained_reward_model
 from rlhf_cli.models.seeding import seeded

@@ -13,7 +13,7 @@ from accelerate.utils import launch as accelerate
 
 from rlhf_cli.distributed.accelerate_settings import check_accelerate_config, check_accelerate_environment
 from rlhf_cli.errors import ModelError, UsageError
-from rlhf_cli.models.loading import resolve_device
+from rlhf_cli.models.device import resolve_device
 from rlhf_cli.stages.registry import REGISTRY
 
 pytestmark = pytest.mark.slow  # accelerate looks for devices, for which it may start programs

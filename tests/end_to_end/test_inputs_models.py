@@ -136,7 +136,7 @@ def test_a_reward_model_with_another_tokenizer_scores_text(rlhf, tiny_llama, tin
     )
     rlhf("label", "--model", tiny_llama, "--reward-model", folder, "--prompts", prompts, "--run-dir", "run", *small)
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
 
     scorer = load_reward_model(ModelSource(str(folder)), template=None)
     lines = [json.loads(line) for line in (tmp_path / "run/label/rankings.jsonl").read_text().splitlines()]

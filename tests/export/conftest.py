@@ -13,7 +13,8 @@ import yaml
 from rlhf_cli.data.splits import Split
 from rlhf_cli.generation.contract import Contract
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
 
 

@@ -21,7 +21,7 @@ from rlhf_cli.export.models import find_model, write_plain
 from rlhf_cli.export.openrlhf import options as openrlhf_options
 from rlhf_cli.export.verl import options as verl_options
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.transformer import TransformerConfig
 from rlhf_cli.transformer.classifier import TransformerForSequenceClassification
 from rlhf_cli.transformer.conversion import as_transformers

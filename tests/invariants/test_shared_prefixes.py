@@ -25,7 +25,8 @@ from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.models.weight_loading import disable_dropout
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
@@ -38,6 +39,7 @@ from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sft.training import train_sft
+from tests.stops import NeverStop
 
 FAMILIES = ("Llama", "GPT2", "Qwen2", "GPTNeoX")
 LORA = LoraSettings(rank=4, alpha=8.0)
@@ -300,15 +302,6 @@ def test_a_layout_comes_through_what_moves_batches(tiny_llama: Path):
     assert batch["layout"].is_tree
 
 
-class Never:
-    """Never asks for a stop."""
-
-    requested = False
-
-    def check(self) -> None:
-        """Go on."""
-
-
 def metrics_match(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
     assert len(one) == len(other) > 0
     for ours, theirs in zip(one, other, strict=True):
@@ -329,7 +322,7 @@ def test_fine_tuning_under_either_attention_has_the_same_metrics(packing: bool, 
         )  # fmt: skip
         work = tmp_path / attention
         work.mkdir()
-        results.append(train_sft(model, examples, examples[:2], settings, seed=0, work=work, stop=Never()))
+        results.append(train_sft(model, examples, examples[:2], settings, seed=0, work=work, stop=NeverStop()))
     assert results[0].rows == results[1].rows
     first, second = (
         {name: value for name, value in dataclasses.asdict(result).items() if value is not None} for result in results
@@ -348,7 +341,7 @@ def test_packing_needs_fewer_rows_where_prompts_repeat(tiny_llama: Path, tmp_pat
         examples = [Example([40] * 20, [60 + n, 61, 0]) for n in range(4)]
         work = tmp_path / attention
         work.mkdir()
-        rows.append(train_sft(model, examples, [], settings, seed=0, work=work, stop=Never()).rows)
+        rows.append(train_sft(model, examples, [], settings, seed=0, work=work, stop=NeverStop()).rows)
     assert rows == [4, 1]
 
 
@@ -368,7 +361,7 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
         )  # fmt: skip
         work = tmp_path / attention
         work.mkdir()
-        trainer = RewardTrainer(reward_model, groups, settings, seed=0, work=work, stop=Never())
+        trainer = RewardTrainer(reward_model, groups, settings, seed=0, work=work, stop=NeverStop())
         reward_model.train()
         histories.append([trainer.step(step).metrics for step in range(trainer.batches.steps)])
     metrics_match(histories[1], histories[0])
@@ -380,8 +373,9 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.rewards.base import Scores
+    from rlhf_cli.stages.ppo.data import PPOData
     from rlhf_cli.stages.ppo.rollout import own_sampling
-    from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+    from rlhf_cli.stages.ppo.trainer import PPOTrainer
 
     def vowels(prompts, texts, columns):
         return Scores([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts], {})
@@ -402,7 +396,7 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
         work = tmp_path / attention
         work.mkdir()
         data = PPOData(prompts)
-        trainer = PPOTrainer(models, engine, data, vowels, settings, policy=policy, seed=0, work=work, stop=Never())
+        trainer = PPOTrainer(models, engine, data, vowels, settings, policy=policy, seed=0, work=work, stop=NeverStop())
         histories.append([trainer.step(step).metrics for step in range(2)])
     metrics_match(histories[1], histories[0])
 

@@ -30,7 +30,8 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, check_policy, load_any, load_config, load_policy
 from rlhf_cli.models.prequantized import from_fp8, from_mxfp4
 from rlhf_cli.models.reward_model.classifier import check_classifier
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.models.saving import save_model_folder
 from rlhf_cli.models.weight_loading import empty_model
 from rlhf_cli.models.weight_report import compare

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import gpu_check, loading
+from rlhf_cli.models import device, gpu_check
+from rlhf_cli.models.device import resolve_device
 from rlhf_cli.models.gpu_check import has_nvidia_gpu, unused_gpu
-from rlhf_cli.models.loading import resolve_device
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +70,11 @@ def test_the_reason_of_torch_is_shown_for_a_driver_that_does_not_fit(with_gpu, m
 
 def test_auto_takes_the_cpu_and_warns_once(with_gpu, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(loading, "warn", said.append)
+    monkeypatch.setattr(device, "warn", said.append)
     monkeypatch.setattr(torch.version, "cuda", None)
-    loading.warn_of_unused_gpu.cache_clear()
+    device.warn_of_unused_gpu.cache_clear()
     assert [resolve_device("auto").type for _ in range(3)] == ["cpu"] * 3
-    loading.warn_of_unused_gpu.cache_clear()
+    device.warn_of_unused_gpu.cache_clear()
     assert len(said) == 1
     assert "this machine has an NVIDIA GPU" in said[0]
 

@@ -15,11 +15,13 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.contract import Contract, read_contract
 from rlhf_cli.models import hub
 from rlhf_cli.models.base_model import check_base
+from rlhf_cli.models.findings import ModelUse
 from rlhf_cli.models.hub import HubModel, check_model_name, commit_of, download, hub_model, local_folder
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.peft_folder import find_peft_folder
-from rlhf_cli.models.preflight import ModelUse, check_model
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.preflight import check_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.pipeline.fingerprint import hash_model, recall_commits
 from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
 from tests.hub_server import COMMIT, HubServer, forget, hub_server

@@ -22,14 +22,8 @@ from transformers import (
 )
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import (
-    ModelSource,
-    context_length,
-    load_config,
-    load_policy,
-    load_tokenizer,
-    resolve_device,
-)
+from rlhf_cli.models.device import resolve_device
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_policy, load_tokenizer
 from rlhf_cli.models.weight_loading import disable_dropout
 
 

@@ -12,7 +12,8 @@ from rlhf_cli.attention.registry import find
 from rlhf_cli.generation.decoding import check_decoding
 from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.third_party import reading
 from tests.conftest import byte_level_tokenizer
 from tests.families.zoo import tiny_model

@@ -27,7 +27,7 @@ from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.policy_adapter import AdapterBase, save_policy_adapter
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.models import SharedBackbone
 

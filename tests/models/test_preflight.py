@@ -19,9 +19,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from rlhf_cli.models.findings import Findings, ModelUse
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.preflight import Findings, ModelUse, check_model
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.preflight import check_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.models.role import ModelRole
 from rlhf_cli.settings.shared import LoraSettings
 

@@ -23,7 +23,9 @@ from rlhf_cli.data.records import Message
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.batch import Encoded
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.settings.shared import LoraSettings
 from tests.chat_templates import BY_NAME, turns
 

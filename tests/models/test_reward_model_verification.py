@@ -17,7 +17,9 @@ from rlhf_cli.data.records import Message
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model import verification
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
 from rlhf_cli.settings.shared import LoraSettings
 from tests.conftest import CHAT_TEMPLATE

@@ -10,7 +10,8 @@ import pytest
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.rewards.benchmarks.formats import read_benchmark
 from rlhf_cli.rewards.benchmarks.run import score_benchmark
 from rlhf_cli.rewards.benchmarks.scores import BenchmarkReport, benchmark_report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from rlhf_cli.errors import DataError, Interrupted, UsageError
 from rlhf_cli.http_client.addresses import check_endpoint, retry_after
 from rlhf_cli.rewards.http_endpoint import HTTPReward
 from rlhf_cli.settings.rewards import PPORewardSettings
+from tests.stops import StopInSeconds
 
 TOKEN = "s3cret/token"  # with a character that some JSON writers escape
 TALK = (Message("system", "be kind"), Message("user", "hi"))
@@ -296,23 +296,12 @@ def test_one_deadline_holds_for_a_whole_attempt_wherever_it_dribbles(server, rew
     assert time.monotonic() - began < 3.0
 
 
-class Signal:
-    """A stop requested by SIGTERM, `after` seconds from now."""
-
-    def __init__(self, after: float) -> None:
-        self._at = time.monotonic() + after
-
-    def check(self) -> None:
-        if time.monotonic() >= self._at:
-            raise Interrupted(signal.SIGTERM)
-
-
 @pytest.mark.parametrize("after", [0.0, 1.0])
 def test_a_stop_ends_the_wait_for_a_server_that_is_away(server, reward, capsys, after):
     server.script = [Answer(503, headers={"Retry-After": "20"})] * 9
     began = time.monotonic()
     with pytest.raises(Interrupted) as caught:
-        reward(request_size=1, stop=Signal(after)).score(["p"] * 9, ["c"] * 9)
+        reward(request_size=1, stop=StopInSeconds(after)).score(["p"] * 9, ["c"] * 9)
     assert caught.value.exit_code == 143
     assert after <= time.monotonic() - began < 10.0
     said = " ".join(capsys.readouterr().err.split())
@@ -321,7 +310,7 @@ def test_a_stop_ends_the_wait_for_a_server_that_is_away(server, reward, capsys, 
 
 def test_a_stop_lets_a_server_that_answers_finish_the_step(server, reward):
     server.script = [Answer(delay=0.3)]
-    assert reward(stop=Signal(0.0)).score(["p"], ["abc"]) == [3.0]
+    assert reward(stop=StopInSeconds(0.0)).score(["p"], ["abc"]) == [3.0]
 
 
 def test_the_first_failure_does_not_wait_for_requests_under_way(server, reward):

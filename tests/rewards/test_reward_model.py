@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_cli.data.records import Message
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.rewards.reward_model import load_model_reward
 from rlhf_cli.stages.ppo.rewards import build_rewards
 from rlhf_cli.stages.ppo.settings import PPOSettings

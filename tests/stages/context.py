@@ -11,15 +11,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.registry import stage
-
-
-class NeverStop:
-    """No signal comes."""
-
-    requested = False
-
-    def check(self) -> None:
-        """Nothing."""
+from tests.stops import NeverStop
 
 
 def stage_context(

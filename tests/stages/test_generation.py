@@ -18,7 +18,7 @@ from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.pipeline.fingerprint import settings_of
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.pipeline.runner import manifest_settings
+from rlhf_cli.pipeline.stage_run import manifest_settings
 from rlhf_cli.progress import detail, say_once
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import GenerationSettings

@@ -16,7 +16,7 @@ from rlhf_cli.errors import Interrupted
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import new_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings

@@ -17,24 +17,9 @@ from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepWatch
+from tests.stops import NeverStop, StopAtStep
 
 STEPS = 8
-
-
-class Stop:
-    """A signal that arrives during the given step; None never."""
-
-    def __init__(self, step: int | None = None) -> None:
-        self.step, self.asked = step, 0
-
-    @property
-    def requested(self) -> bool:
-        self.asked += 1
-        return self.step is not None and self.asked >= self.step
-
-    def check(self) -> None:
-        if self.step is not None and self.asked >= self.step:
-            raise Interrupted(15)
 
 
 class Kill(BaseException):
@@ -87,7 +72,7 @@ class Walk(TrainingTask):
         report.metrics["count"] = float(self.count)
 
 
-def loop(task: Walk, work: Path, *, stop: Stop | None = None, checkpoint_steps: int = 2) -> TrainingLoop:
+def loop(task: Walk, work: Path, *, stop: StopAtStep | None = None, checkpoint_steps: int = 2) -> TrainingLoop:
     work.mkdir(exist_ok=True)
     return TrainingLoop(
         task,
@@ -96,7 +81,7 @@ def loop(task: Walk, work: Path, *, stop: Stop | None = None, checkpoint_steps: 
         checkpoint_steps=checkpoint_steps,
         seed=3,
         work=work,
-        stop=stop or Stop(),
+        stop=stop or NeverStop(),
         processes=ProcessGroup(),
         hint="walk more slowly",
     )
@@ -138,7 +123,7 @@ def test_a_signal_saves_the_step_that_was_running_and_says_where_it_resumes(tmp_
     whole, task = Walk(), Walk()
     loop(whole, tmp_path / "whole", checkpoint_steps=100).run()
     with pytest.raises(Interrupted):
-        loop(Walk(), tmp_path / "cut", stop=Stop(3), checkpoint_steps=100).run()
+        loop(Walk(), tmp_path / "cut", stop=StopAtStep(3), checkpoint_steps=100).run()
     assert saved(tmp_path / "cut") == [0, 3]
     loop(task, tmp_path / "cut", checkpoint_steps=100).run()
     assert task.ran == [3, 4, 5, 6, 7]
@@ -148,7 +133,7 @@ def test_a_signal_saves_the_step_that_was_running_and_says_where_it_resumes(tmp_
 
 def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
     with pytest.raises(Interrupted):
-        loop(Walk(), tmp_path, stop=Stop(STEPS)).run()
+        loop(Walk(), tmp_path, stop=StopAtStep(STEPS)).run()
     again = Walk()
     loop(again, tmp_path).run()
     assert again.ran == []
@@ -169,7 +154,7 @@ def test_two_bad_steps_are_counted_and_three_roll_back_to_the_last_regular_check
 
 def test_a_signal_among_bad_steps_does_not_change_where_a_run_rolls_back_to(tmp_path, capsys):
     with pytest.raises(Interrupted):
-        loop(Walk({2: 1, 3: 1}), tmp_path, stop=Stop(4)).run()
+        loop(Walk({2: 1, 3: 1}), tmp_path, stop=StopAtStep(4)).run()
     assert saved(tmp_path) == [2, 4]
     task = Walk({4: 1})
     assert loop(task, tmp_path).run().rolled_back

@@ -16,6 +16,7 @@ from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.monitoring.timing_log import Work
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepEstimate, StepWatch
+from tests.stops import NeverStop
 
 GUESS = {"rollout": 10.0, "scoring": 1.0, "passes": 3.0, "update": 6.0}
 
@@ -201,13 +202,6 @@ class Timed(TrainingTask):
                 self.clock.wait(7)
 
 
-class Never:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
 def train(task: TrainingTask, work: Path, *, steps: int = 4) -> None:
     work.mkdir(exist_ok=True)
     TrainingLoop(
@@ -217,7 +211,7 @@ def train(task: TrainingTask, work: Path, *, steps: int = 4) -> None:
         checkpoint_steps=2,
         seed=0,
         work=work,
-        stop=Never(),
+        stop=NeverStop(),
         processes=ProcessGroup(),
         hint="",
         peak=1000.0,

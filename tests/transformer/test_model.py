@@ -18,7 +18,7 @@ from rlhf_cli.models.adapter_files import load_adapter, save_adapter
 from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.batch import Encoded
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.transformer import TransformerForCausalLM, TransformerForSequenceClassification, TransformerModel
 from rlhf_cli.transformer.positions import sinusoids

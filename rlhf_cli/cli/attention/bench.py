@@ -41,7 +41,7 @@ def bench(
     from rlhf_cli.attention import bench as benchmark
     from rlhf_cli.attention import bench_report
     from rlhf_cli.errors import UsageError
-    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.device import resolve_device
     from rlhf_cli.plotting import pyplot
 
     if plot is not None:

@@ -30,8 +30,9 @@ def show(
     from rlhf_cli.attention.weights import collect_weights
     from rlhf_cli.attention.weights_view import write_files
     from rlhf_cli.errors import UsageError
+    from rlhf_cli.models.device import resolve_device
     from rlhf_cli.models.libraries import quiet_libraries
-    from rlhf_cli.models.loading import ModelSource, load_any, load_tokenizer, resolve_device
+    from rlhf_cli.models.loading import ModelSource, load_any, load_tokenizer
     from rlhf_cli.plotting import pyplot
 
     pyplot()  # fail before loading the model if matplotlib is missing

@@ -43,8 +43,9 @@ def verify(models: _Models = None, backends: _Backends = None, device: _Device =
 def _verdicts(models: list[str] | None, backends: list[str], device: str) -> list[Verdict]:
     from rlhf_cli.attention import model_zoo, parity, registry
     from rlhf_cli.attention import verify as engine
+    from rlhf_cli.models.device import resolve_device
     from rlhf_cli.models.libraries import quiet_libraries
-    from rlhf_cli.models.loading import load_any, resolve_device
+    from rlhf_cli.models.loading import load_any
     from rlhf_cli.progress import task
 
     quiet_libraries()

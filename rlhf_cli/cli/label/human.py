@@ -24,7 +24,7 @@ from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
     from rlhf_cli.distributed.background import BackgroundCommand
-    from rlhf_cli.labeling.session.types import Sampling, SessionProgress
+    from rlhf_cli.labeling.session.types import SamplerStatus, SessionProgress
     from rlhf_cli.labeling.web.tokens import ServerLinks
 
 _THEN = "the pipeline can continue"
@@ -103,37 +103,15 @@ def label_by_annotators(
     Raises:
         WaitingForLabelsError: labels are still missing after the interface was closed, or no interface can be opened.
     """
-    from rlhf_cli.labeling.label_sources import STORE, waits_for_people
-    from rlhf_cli.pipeline.record import last_command
-    from rlhf_cli.progress import say
-
     interface.check()
-    if waits_in is not None and (waits_in / STORE).is_file():
-        if waits_for_people(waits_in):
-            afterwards = f"continue with `{last_command(waits_in) or 'rlhf run RECIPE'}`"
-            _open(waits_in / STORE, waits_in, interface, afterwards, OtherCommand(waits_in))
-            if interface.serve:
-                say(f"enough prompts are labeled: {afterwards}")
-        else:
-            _nothing_to_label()
-            typer.echo(waits_in / "label")
-        return
     if waits_in is not None:
-        what = "this run does not wait for labels" if waits_in.is_dir() else "no such run directory"
-        raise UsageError(
-            f"{waits_in}: {what}", hint="name a run that waits for labels, or add a recipe, or `--by` and its options"
-        )
+        _label_waiting_run(waits_in, interface)
+        return
     opens = not is_background() and world_size() == 1 and (interface.serve or _is_interactive())
     sampling = background() if opens else None
     if sampling is not None:
-        interface.check_usable()
-        with sampling:
-            news = sampling.wait()
-            if news is None:
-                return
-            store = Path(news["store"])
-            _open(store, store.parents[2], interface, _THEN, sampling)
-        _finish(run_stage, continuation)
+        if _label_while_sampling(sampling, interface):
+            _finish(run_stage, continuation)
         return
     try:
         run_stage(force)
@@ -147,6 +125,49 @@ def label_by_annotators(
     run_log.close()  # the links hold secrets
     _open(store, store.parents[2], interface, _THEN, OtherCommand(store.parents[2]))
     _finish(run_stage, continuation)
+
+
+def _label_waiting_run(run_dir: Path, interface: AnnotationInterface) -> None:
+    """Open the interface of a run that waits for labels; its stage is not run.
+
+    Raises:
+        UsageError: the run does not wait for labels, or does not exist.
+        WaitingForLabelsError: labels are still missing after the interface was closed.
+    """
+    from rlhf_cli.labeling.label_sources import STORE, waits_for_people
+    from rlhf_cli.pipeline.record import last_command
+    from rlhf_cli.progress import say
+
+    store = run_dir / STORE
+    if not store.is_file():
+        what = "this run does not wait for labels" if run_dir.is_dir() else "no such run directory"
+        raise UsageError(
+            f"{run_dir}: {what}", hint="name a run that waits for labels, or add a recipe, or `--by` and its options"
+        )
+    if not waits_for_people(run_dir):
+        _nothing_to_label()
+        typer.echo(run_dir / "label")
+        return
+    afterwards = f"continue with `{last_command(run_dir) or 'rlhf run RECIPE'}`"
+    _open(store, run_dir, interface, afterwards, OtherCommand(run_dir))
+    if interface.serve:
+        say(f"enough prompts are labeled: {afterwards}")
+
+
+def _label_while_sampling(sampling: BackgroundCommand, interface: AnnotationInterface) -> bool:
+    """Open the interface as soon as there is something to label; return whether there ever was.
+
+    Raises:
+        WaitingForLabelsError: labels are still missing after the interface was closed.
+    """
+    interface.check_usable()
+    with sampling:
+        message = sampling.wait()
+        if message is None:
+            return False
+        store = Path(message["store"])
+        _open(store, store.parents[2], interface, _THEN, sampling)
+    return True
 
 
 def _finish(run_stage: Callable[[bool], None], continuation: str | None) -> None:
@@ -200,19 +221,20 @@ def _open(
     Raises:
         ReportedError, ProcessDiedError: sampling in the background failed.
     """
-    from rlhf_cli.labeling.session.types import Sampling
+    from rlhf_cli.labeling.session.types import SamplerStatus
     from rlhf_cli.pipeline.record import last_command
     from rlhf_cli.stages.label.human import waiting
 
     own = None if isinstance(sampling, OtherCommand) else sampling
-    seen = Sampling(lambda: sampling.is_running, has_failed=threading.Event() if own is None else own.has_failed)
+    has_failed = threading.Event() if own is None else own.has_failed
+    status = SamplerStatus(lambda: sampling.is_running, has_failed)
     if interface.serve:
-        _serve(store, interface, seen)
+        _serve(store, interface, status)
     else:
         resume = f"rlhf label --run-dir {word(run_dir)}"
         if own is not None:  # which also samples
             resume = last_command(run_dir) or resume
-        _open_terminal(store, interface.names()[0], seen, resume_command=resume, afterwards=afterwards)
+        _open_terminal(store, interface.names()[0], status, resume_command=resume, afterwards=afterwards)
     if own is not None:
         if _progress(store).growth is not None:
             own.stop()
@@ -230,7 +252,7 @@ def _progress(store: Path) -> SessionProgress:
         return session.progress()
 
 
-def _serve(store: Path, interface: AnnotationInterface, sampling: Sampling) -> None:
+def _serve(store: Path, interface: AnnotationInterface, sampler: SamplerStatus) -> None:
     from rlhf_cli.labeling.web.serving import serve
 
     signum = serve(
@@ -239,14 +261,16 @@ def _serve(store: Path, interface: AnnotationInterface, sampling: Sampling) -> N
         port=interface.port,
         annotators=interface.names(),
         announce=_show_links,
-        stop=sampling.has_failed,
-        is_sampling=sampling.is_running,
+        stop=sampler.has_failed,
+        is_sampling=sampler.is_running,
     )
     if signum not in (None, signal.SIGINT):  # Ctrl-C is the normal way to stop the server
         raise Interrupted(signum)
 
 
-def _open_terminal(store: Path, annotator: str, sampling: Sampling, *, resume_command: str, afterwards: str) -> None:
+def _open_terminal(
+    store: Path, annotator: str, sampler: SamplerStatus, *, resume_command: str, afterwards: str
+) -> None:
     from rlhf_cli.labeling.session.session import LabelSession
     from rlhf_cli.labeling.terminal import label_in_terminal
 
@@ -257,7 +281,7 @@ def _open_terminal(store: Path, annotator: str, sampling: Sampling, *, resume_co
         )
     with closing(LabelSession(store, create=False)) as session:
         outcome = label_in_terminal(
-            session, annotator, resume_command=resume_command, afterwards=afterwards, sampling=sampling
+            session, annotator, resume_command=resume_command, afterwards=afterwards, sampler=sampler
         )
     if outcome.signum not in (None, signal.SIGINT):  # Ctrl-C is a normal way to quit
         raise Interrupted(outcome.signum)

@@ -175,11 +175,11 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What samples completions while people label.
+class SamplerStatus:
+    """The state of what samples completions while people label.
 
     Attributes:
-        is_running: whether it is at work.
+        is_running: returns whether it is at work.
         has_failed: set when it ended with an error; the interface then closes, and the error is shown.
     """
 

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_cli.durations import format_duration
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, Sampling, SessionProgress
+from rlhf_cli.labeling.session.types import Entry, SamplerStatus, SessionProgress
 from rlhf_cli.labeling.terminal.controller import Controller, VisitCounts
 from rlhf_cli.labeling.terminal.drawing import draw, scroll_area
 from rlhf_cli.labeling.terminal.tty import Ended, Resized, Suspended, Terminal, check_terminal, opened
-from rlhf_cli.progress import format_duration, say
+from rlhf_cli.progress import say
 
 _SLOW = 0.5
 """If an action takes longer, keys pressed meanwhile are discarded: they were meant for the previous screen."""
@@ -48,7 +49,7 @@ def label_in_terminal(
     *,
     resume_command: str = "",
     afterwards: str,
-    sampling: Sampling | None = None,
+    sampler: SamplerStatus | None = None,
 ) -> Outcome:
     """Let one annotator label in the terminal until they quit, nothing is left, or a signal arrives.
 
@@ -61,7 +62,7 @@ def label_in_terminal(
         resume_command: printed if a signal ends the visit. After a normal quit the caller says how to resume, since it
             knows whether the pipeline waits.
         afterwards: what to do once labeling is complete.
-        sampling: what may be sampling meanwhile; if it fails, the visit ends.
+        sampler: what may be sampling meanwhile; if it fails, the visit ends.
 
     Raises:
         UsageError: the terminal cannot be used.
@@ -70,7 +71,7 @@ def label_in_terminal(
     """
     check_terminal()
     person = session.annotator(annotator)
-    controller = Controller(session, person, sampling=sampling)
+    controller = Controller(session, person, sampler=sampler)
     controller.begin()
     signum = None
     if controller.state.view != "end" or controller.state.is_waiting:

@@ -18,7 +18,7 @@ from rlhf_cli.labeling.session.types import (
     LabelConflictError,
     LabelTask,
     PlanChangedError,
-    Sampling,
+    SamplerStatus,
     UnknownTaskError,
 )
 from rlhf_cli.labeling.terminal.key_bindings import step
@@ -65,7 +65,7 @@ class Controller:
         session: may be shared with other interfaces.
         annotator: who labels.
         clock: monotonic seconds.
-        sampling: what may be sampling meanwhile; None if nothing is.
+        sampler: what may be sampling meanwhile; None if nothing is.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Controller:
         session: LabelSession,
         annotator: Annotator,
         clock: Callable[[], float] = time.monotonic,
-        sampling: Sampling | None = None,
+        sampler: SamplerStatus | None = None,
     ) -> None:
         self._session, self._who, self._clock = session, annotator.id, clock
-        self._sampling = sampling or Sampling(lambda: False)
+        self._sampler = sampler or SamplerStatus(lambda: False)
         self._look = clock()
         self.state = State(session.plan, annotator.name, view="end")
         self.counts = VisitCounts()
@@ -123,7 +123,7 @@ class Controller:
     @property
     def has_failed(self) -> bool:
         """Whether sampling ended with an error, so that the visit ends."""
-        return self._sampling.has_failed.is_set()
+        return self._sampler.has_failed.is_set()
 
     def tick(self) -> None:
         """Save the draft if it is due, and look for new completions."""
@@ -145,7 +145,7 @@ class Controller:
 
     def _see_progress(self) -> None:
         self._look = self._clock() + LOOK_SECONDS
-        is_running = self._sampling.is_running()  # before the progress: what it sampled last is in there
+        is_running = self._sampler.is_running()  # before the progress: what it sampled last is in there
         progress = self._session.progress(self._who)
         self.state = replace(self.state, progress=progress, is_sampling=is_running)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from rlhf_cli.durations import format_duration
 from rlhf_cli.labeling.label_records import STRENGTHS
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, SessionProgress
 from rlhf_cli.labeling.terminal.state import State
 from rlhf_cli.labeling.terminal.visible import clusters
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, flow, width_of, wrap
-from rlhf_cli.progress import format_duration
 
 _BAR = 24
 _LABEL = 10

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, read_secret
 from rlhf_cli.progress import say, warn
 from rlhf_cli.web.security import is_loopback
 from rlhf_cli.web.server import address_of, listen, require_packages, run_until_stopped
+
+if TYPE_CHECKING:
+    from rlhf_cli.labeling.web.app import LabelApp
 
 
 def serve(
@@ -62,19 +67,27 @@ def serve(
     address = address_of(host, listener)
     writer, admin = Writer(session), AdminSnapshots(store)
     app = LabelApp(writer, admin, tokens, address=address, on_complete=_say_complete, is_sampling=is_sampling)
-
-    async def run() -> int | None:
-        links = await app.begin(list(annotators))
-        if not is_loopback(host):
-            _warn_of_network(host, listener.getsockname()[1])
-        return await run_until_stopped(app.asgi(host), listener, lambda: announce(links), stop)
-
     try:
-        return asyncio.run(run())
+        return asyncio.run(_run(app, host, listener, annotators, announce, stop))
     finally:
         listener.close()
         admin.close()
         writer.close()
+
+
+async def _run(
+    app: LabelApp,
+    host: str,
+    listener: socket.socket,
+    annotators: Sequence[str],
+    announce: Callable[[ServerLinks], None],
+    stop: threading.Event | None,
+) -> int | None:
+    """Announce the links, and serve until a signal arrives or `stop` is set; see `serve`."""
+    links = await app.begin(list(annotators))
+    if not is_loopback(host):
+        _warn_of_network(host, listener.getsockname()[1])
+    return await run_until_stopped(app.asgi(host), listener, lambda: announce(links), stop)
 
 
 def _warn_of_network(host: str, port: int) -> None:

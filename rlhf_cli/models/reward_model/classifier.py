@@ -81,7 +81,7 @@ def load_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) ->
 def open_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) -> tuple[Classifier, UnreadModel]:
     """Open what `load_classifier` loads, to be sharded: weights are not read yet, but a new head has its first values.
 
-    Those are the ones that `models.reward_model.model.new_reward_model` draws.
+    Those are the ones that `models.reward_model.loading.new_reward_model` draws.
 
     Raises:
         ModelError: see `load_classifier` and `open_model`; also for an encoder.

@@ -151,22 +151,34 @@ def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
             )
 
 
-def save_artifact(
+def save_reward_model(
     reward_model: RewardModel,
     folder: Path,
     *,
-    final: Path,
+    final: Path | None = None,
     depth: int = 1,
     write: Callable[[str, str | None], None] | None = None,
 ) -> None:
-    """Write `reward.json` and the weights; see `model.save_reward_model`.
+    """Write a reward model; `load_reward_model` restores one with the same rewards.
+
+    Trained in full, it becomes a folder for `AutoModelForSequenceClassification` (for an explicit transformer of
+    `model.build`, after `import rlhf_cli.transformer`). As an adapter, it becomes `adapter/` in PEFT's format and
+    `head.safetensors`. Both get `reward.json` and the tokenizer.
 
     Args:
+        reward_model: the reward model to write.
+        folder: an existing folder.
+        final: the folder's final path if it is renamed later; the adapter's base is named relative to it.
+        depth: of the folder below the run directory, see `policy_adapter.relative_base`.
         write: writes the weights, or nothing, given path and revision of the base; None writes those of a model that is
             not sharded.
+
+    Raises:
+        DivergedError: a weight is not finite.
+        DiskError: the disk is full or cannot be written.
     """
     base, revision = reward_model.source.pinned
-    base = relative_base(base, final, depth=depth)
+    base = relative_base(base, final or folder, depth=depth)
     config = RewardModelConfig(
         kind="encoder" if reward_model.is_encoder else "decoder",
         adapter=reward_model.is_adapter,

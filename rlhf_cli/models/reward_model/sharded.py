@@ -18,13 +18,13 @@ from rlhf_cli.models.reward_model.files import (
     read_reward_config,
     refuse_adapter_as_start,
 )
-from rlhf_cli.models.reward_model.model import (
-    RewardModel,
+from rlhf_cli.models.reward_model.loading import (
     add_reward_adapter,
     frozen_reward_model,
     load_reward_model,
     reward_model_on,
 )
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.models.sharded_loading import NotShardedError
 from rlhf_cli.progress import say_once

@@ -26,11 +26,12 @@ from rlhf_cli.models.reward_model.files import (
     HEAD_FILE,
     head_tensors,
     read_reward_config,
-    save_artifact,
+    save_reward_model,
     save_trained,
     set_padding,
 )
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.sharded import load_sharded_reward_model
 from rlhf_cli.models.sharded_saving import ShardedWeights
 from rlhf_cli.models.sharding import assign, is_sharded, whole
@@ -162,7 +163,7 @@ class _ShardedRewardModel:
     def save(self, probe: Sequence[tuple[Prompt, str]], final: Path, depth: int) -> float:
         """Write, read back and compare; all processes call this."""
         trained, processes = self.trained, ProcessGroup(self.trained.device)
-        save = partial(save_artifact, trained, self.folder, final=final, depth=depth)
+        save = partial(save_reward_model, trained, self.folder, final=final, depth=depth)
         if trained.is_adapter:
             expected = probe_rewards(trained, probe)
             head = head_tensors(trained)

@@ -88,7 +88,7 @@ def _score(
 
         rater = FunctionScorer(load_scoring_function(function), samples.columns)
     else:
-        from rlhf_cli.models.reward_model.model import load_reward_model
+        from rlhf_cli.models.reward_model.loading import load_reward_model
 
         assert model is not None
         template = text_template(context.recipe.data, source_of(context.inputs.policy))

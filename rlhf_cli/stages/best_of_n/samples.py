@@ -131,7 +131,7 @@ def earlier_samples(context: BestOfNContext) -> Samples:
     rows = read_samples(Path(present(context.inputs.samples)))
     device = None
     if context.settings.loads_model:
-        from rlhf_cli.models.loading import resolve_device
+        from rlhf_cli.models.device import resolve_device
 
         device = resolve_device(context.recipe.model.device)
     references = {prompt_key(row.prompt): row.reference for row in rows if row.reference is not None}

@@ -60,7 +60,7 @@ def _rewards(
     processes: ProcessGroup | None,
 ) -> list[float]:
     """Return the normalized rewards of (prompt, completion); the reward model is in memory meanwhile."""
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
 
     template = text_template(context.recipe.data, context.inputs.baseline.source)
     reward_model = load_reward_model(model_source(context.recipe, path), template=template)

@@ -96,7 +96,7 @@ def _with_rewards(
 def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[str]]]) -> list[list[float]]:
     """Rewards of each prompt's completions by one model, on the scale of its preferences."""
     from rlhf_cli.memory import free_memory
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
 
     model = load_reward_model(
         model_source(context.recipe, path),

@@ -178,7 +178,7 @@ def _scorer(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
         from rlhf_cli.rewards.python_function import load_scoring_function
 
         return FunctionScorer(load_scoring_function(present(context.inputs.function)), sampled.columns)
-    from rlhf_cli.models.reward_model.model import load_reward_model
+    from rlhf_cli.models.reward_model.loading import load_reward_model
 
     source = model_source(context.recipe, present(context.inputs.reward_model))
     model = load_reward_model(source, template=text_template(context.recipe.data, source_of(context.inputs.policy)))

@@ -70,7 +70,7 @@ def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled
 
     device = None
     if settings.loads_model:
-        from rlhf_cli.models.loading import resolve_device
+        from rlhf_cli.models.device import resolve_device
 
         device = resolve_device(context.recipe.model.device)
     data = context.recipe.data

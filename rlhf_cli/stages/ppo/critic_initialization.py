@@ -21,18 +21,12 @@ from rlhf_cli.models.loading import ModelSource, context_length, load_config, lo
 from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.sharded_loading import open_model
 from rlhf_cli.models.weight_loading import load_weights
-from rlhf_cli.stages.ppo.critic import (
-    AdapterStart,
-    CriticConfig,
-    FullCritic,
-    Head,
-    HeadStart,
-    load_value_head,
-    read_critic_config,
-)
+from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
+from rlhf_cli.stages.ppo.critic_files import CriticConfig, Head, load_value_head, read_critic_config
 
 _SEPARATE = "make the critic a separate model: `--set ppo.critic=separate`"
 

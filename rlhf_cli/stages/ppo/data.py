@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_cli.data.records import Demonstration, PromptRecord, Record
@@ -20,7 +21,23 @@ if TYPE_CHECKING:
     from rlhf_cli.generation.policy import Policy
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.stages.ppo.ptx import Demonstrations
-    from rlhf_cli.stages.ppo.trainer import PPOData
+
+
+@dataclass(frozen=True)
+class PPOData:
+    """What PPO reads.
+
+    Attributes:
+        prompts: to train on.
+        held_out: to evaluate on and to show; may be None where neither is asked for.
+        demonstrations: for PPO-ptx, or None.
+        records: the prompts and demonstrations to train on, as records.
+    """
+
+    prompts: TokenizedPrompts
+    held_out: TokenizedPrompts | None = None
+    demonstrations: Demonstrations | None = None
+    records: Sequence[Record] = ()
 
 
 def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
@@ -36,7 +53,6 @@ def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
     """
     from rlhf_cli.data.token_lists import TokenLists
     from rlhf_cli.generation.prompts import TokenizedPrompts
-    from rlhf_cli.stages.ppo.trainer import PPOData
 
     settings = context.settings
     loaded, skips = load_prompts(context, policy, "ppo.max_new_tokens")
@@ -86,10 +102,10 @@ def _demonstrations(
 ) -> tuple[Demonstrations, list[Demonstration]]:
     """Return the demonstrations that fit the policy and whose prompts are not held out, as token ids and as records;
     add the others to `skips`."""
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.models.loading import context_length
     from rlhf_cli.stages.ppo.ptx import Demonstrations
 

@@ -24,7 +24,8 @@ from rlhf_cli.models.idle_weights import IdleWeights, idle_weights
 from rlhf_cli.models.loading import ModelSource, context_length, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
-from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.reward_model.sharded import load_divided
 from rlhf_cli.models.sharded_loading import UnreadModel, open_policy
 from rlhf_cli.models.sharding import share_shards
@@ -116,12 +117,7 @@ def load_ppo_models(
     elif unread is not None:
         models = _separate_sharded(source, unread, critic)
     else:
-        assert isinstance(critic, FullCritic | HeadStart)
-        reference = load_policy(source.in_full()).requires_grad_(False)
-        if source.precision != torch.float32:
-            split_weights(policy)
-            round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
-        models = SeparateModels(policy, reference, critic, idle=_idle(reference, settings, scratch))
+        models = _separate(source, policy, critic, settings, scratch)
     if isinstance(critic, FullCritic) and source.precision != torch.float32 and not is_sharded:
         with critic.active_model() as model:
             split_weights(model)
@@ -166,6 +162,22 @@ def _on_shared_backbone(
         unread.read()
         models.value_head.to(source.device)
     return models, None if config is None else _shared_reward(models, source, folder, config)
+
+
+def _separate(
+    source: ModelSource,
+    policy: PreTrainedModel,
+    critic: AdapterStart | HeadStart | FullCritic,
+    settings: PPOSettings,
+    scratch: Path | None,
+) -> SeparateModels:
+    """Load the reference beside a policy that is trained in full."""
+    assert isinstance(critic, FullCritic | HeadStart)
+    reference = load_policy(source.in_full()).requires_grad_(False)
+    if source.precision != torch.float32:
+        split_weights(policy)
+        round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
+    return SeparateModels(policy, reference, critic, idle=_idle(reference, settings, scratch))
 
 
 def _separate_sharded(

@@ -22,16 +22,8 @@ from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.models.split_weights import restore, stored
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.stages.ppo.critic import (
-    CRITIC,
-    AdapterCritic,
-    AdapterStart,
-    Critic,
-    FullCritic,
-    Head,
-    HeadCritic,
-    HeadStart,
-)
+from rlhf_cli.stages.ppo.critic import CRITIC, AdapterCritic, AdapterStart, Critic, FullCritic, HeadCritic, HeadStart
+from rlhf_cli.stages.ppo.critic_files import Head
 
 POLICY, REWARD = "policy", "reward"
 

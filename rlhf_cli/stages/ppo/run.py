@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.rewards.ensemble import CombinedReward
+    from rlhf_cli.stages.ppo.data import PPOData
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
     from rlhf_cli.stages.ppo.models import PPOModels
     from rlhf_cli.stages.ppo.settings import PPOSettings
-    from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+    from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.monitoring.detectors.detectors import Rewards
 
 

@@ -265,16 +265,12 @@ class PPOSettings(StageSection):
         return self.critic == "separate" or (self.critic == "auto" and self.adapter == "none")
 
     @model_validator(mode="after")
-    def _some_step_is_saved(self) -> Self:
+    def _steps(self) -> Self:
         if self.save_steps is not None and self.save_steps >= self.steps:
             raise ValueError(
                 f"`save_steps: {self.save_steps}` has no effect with `steps: {self.steps}`: the last policy is always "
                 "written"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
         if self.completions_per_step < self.minibatches:
             raise ValueError(
                 "`minibatches` exceeds the completions per step (`prompts_per_step` x `samples_per_prompt`)"

@@ -19,38 +19,36 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_cli import progress
-from rlhf_cli.data.records import Record
 from rlhf_cli.distributed.signals import StopRequest
-from rlhf_cli.errors import DataError, RLHFError
+from rlhf_cli.errors import RLHFError
 from rlhf_cli.generation.generator import Generator
 from rlhf_cli.generation.policy import Policy
-from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.objectives.advantages import generalized_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
+from rlhf_cli.stages.ppo.best_policy import BestPolicy
+from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.detection import observation, stop_error
 from rlhf_cli.stages.ppo.evaluation import Evaluation, reward_shape
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.importance import importance_correction
 from rlhf_cli.stages.ppo.metrics import all_finite, histograms, note, rollout_metrics, update_metrics
 from rlhf_cli.stages.ppo.models import PPOModels
-from rlhf_cli.stages.ppo.ptx import Demonstrations, SupervisedLoss
+from rlhf_cli.stages.ppo.ptx import SupervisedLoss
 from rlhf_cli.stages.ppo.rollout import RewardFunction, Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.state import Best, RunState
+from rlhf_cli.stages.ppo.state import RunState
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
 from rlhf_cli.stages.ppo.work import StepFlops, relative_durations, step_work
-from rlhf_cli.training.checkpoint.store import best_checkpoint, save_best
 from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.monitoring.detectors.detectors import Detectors
 from rlhf_cli.training.monitoring.detectors.observation import Observation
@@ -59,23 +57,6 @@ from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.monitoring.samples import warn_of_detection, warn_of_ratio
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepWatch
-
-
-@dataclass(frozen=True)
-class PPOData:
-    """What PPO reads.
-
-    Attributes:
-        prompts: to train on.
-        held_out: to evaluate on and to show; may be None where neither is asked for.
-        demonstrations: for PPO-ptx, or None.
-        records: the prompts and demonstrations to train on, as records.
-    """
-
-    prompts: TokenizedPrompts
-    held_out: TokenizedPrompts | None = None
-    demonstrations: Demonstrations | None = None
-    records: Sequence[Record] = ()
 
 
 class PPOTrainer(TrainingTask):
@@ -128,6 +109,7 @@ class PPOTrainer(TrainingTask):
         held_out = data.held_out
         self._evaluation = None if held_out is None else Evaluation(self.rollouts, forward_passes, held_out, settings)
         self._work, self._processes, self._shape = work, forward_passes.processes, reward_shape(settings)
+        self._best = BestPolicy(settings.kl_budget, models, work, forward_passes.processes)
         self._flops = StepFlops.of(models)
         self.phases = relative_durations(settings)
         self._detectors = detectors or Detectors(settings.detectors)
@@ -160,7 +142,7 @@ class PPOTrainer(TrainingTask):
     def train(self) -> RunState:
         """Run all steps, see `TrainingLoop.run`; the policy then has the weights to write."""
         self.loop.run()
-        self._load_best()
+        self._best.load(self.state.best)
         return self.state
 
     def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
@@ -287,7 +269,7 @@ class PPOTrainer(TrainingTask):
         if best is not None:
             self.state.best = best
         elif self.state.best is not None:
-            self._best_tensors(self.state.best)  # raises while there is still something to do about it
+            self._best.tensors(self.state.best)  # raises while there is still something to do about it
 
     @property
     def has_ended(self) -> bool:
@@ -347,39 +329,6 @@ class PPOTrainer(TrainingTask):
         is_last = step == settings.steps or self.has_ended
         if settings.eval_steps is not None and (step % settings.eval_steps == 0 or is_last):
             metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, watch=watch)
-            self._keep_best(step, metrics)
+            self.state.best = self._best.after(step, metrics, self.state.best)
         if settings.show_steps is not None and (step % settings.show_steps == 0 or is_last):
             log.show(step, evaluation.fixed(watch))
-
-    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
-        budget = self.settings.kl_budget
-        reward, kl = metrics["eval/objective/reward"], metrics["eval/objective/kl"]
-        if budget is None or not kl <= budget or not math.isfinite(reward):
-            return
-        if self.state.best is None or reward > self.state.best.reward:
-            self.state.best = Best(step, reward, kl)
-            save_best(self._work, step, self.models.state(), asdict(self.state.best), processes=self._processes)
-
-    def _load_best(self) -> None:
-        """Give the policy the best weights, where a KL budget chooses them."""
-        budget, best = self.settings.kl_budget, self.state.best
-        if budget is None:
-            return
-        if best is None:
-            progress.warn(f"no evaluated policy was within `kl_budget: {budget:g}`: the last one is written")
-            return
-        self.models.load_state(self._best_tensors(best))
-        progress.say(
-            f"ppo: the best policy within the budget is that of step {best.step}: "
-            f"held-out reward {best.reward:.2f}, KL {best.kl:.1f} nats per completion"
-        )
-
-    def _best_tensors(self, expected: Best) -> Mapping[str, Tensor]:
-        """Return the weights of the best policy; another policy must not silently take its place."""
-        best = best_checkpoint(self._work, processes=self._processes)
-        if best is None:
-            raise DataError(
-                f"the best policy within `kl_budget`, that of step {expected.step}, cannot be read from {self._work}",
-                hint="run again with `--force` (`rlhf run`: `--force ppo`), or without a budget to get the last policy",
-            )
-        return best.tensors

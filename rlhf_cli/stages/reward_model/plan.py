@@ -80,7 +80,7 @@ def make_plan(context: RewardModelContext, new: NewMember | None = None) -> tupl
         context: of the stage.
         new: makes that member; None is `new_member`.
     """
-    from rlhf_cli.data.chat_format import check_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.stages.reward_model.evaluation import check_has_preference
 
@@ -120,7 +120,7 @@ def member_seed(context: RewardModelContext, number: int) -> int:
 
 def new_member(context: RewardModelContext, source: ModelSource, style: PromptStyle, number: int) -> RewardModel:
     """Return member `number` before its training, sharded if the recipe says so."""
-    from rlhf_cli.models.reward_model.model import new_reward_model
+    from rlhf_cli.models.reward_model.loading import new_reward_model
     from rlhf_cli.models.reward_model.sharded import new_sharded_reward_model
 
     settings = context.settings
@@ -141,7 +141,8 @@ def member_without_weights(
     """Return a member that encodes text as `new_member`'s does, and cannot compute: to count tokens before a run."""
     from rlhf_cli.models.loading import load_config
     from rlhf_cli.models.reward_model.classifier import check_reward_config, classifier_class
-    from rlhf_cli.models.reward_model.model import RewardModel, reward_format
+    from rlhf_cli.models.reward_model.loading import reward_format
+    from rlhf_cli.models.reward_model.model import RewardModel
     from rlhf_cli.models.weight_loading import empty_model
 
     config = load_config(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.data.examples import Example
     from rlhf_cli.data.records import Demonstration
+    from rlhf_cli.data.skips import SkipLog
     from rlhf_cli.data.sources import LoadedRecords
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.sft.settings import SFTSettings
@@ -39,21 +41,20 @@ HELD_OUT_MEASURED = 500
 
 def run(context: SFTContext) -> StageOutcome:
     """Fine-tune on demonstrations whose prompts are not held out; write the merged model."""
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.template_checks import check_records
     from rlhf_cli.generation.policy import own_stop_ids
     from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
-    from rlhf_cli.models.loading import load_tokenizer, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.sft.training import train_sft
-    from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
-    from rlhf_cli.training.monitoring.timing_log import read_totals
 
     require_processes(context.recipe)
     context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
-    data = context.inputs.demonstrations.source
-    loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    demonstrations = context.inputs.demonstrations.source
+    loaded = read_records(demonstrations, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     processes = ProcessGroup(resolve_device(recipe.model.device))
     source = model_source(recipe, base_model(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
@@ -63,43 +64,53 @@ def run(context: SFTContext) -> StageOutcome:
     sampling = inherited_sampling(recipe, source.path)
     chosen_stops = token_ids(sampling.stop_tokens or (), chat_format)  # a wrong one must not end a finished training
     model = _load(context, source)
-    fitting = fitting_examples(context, settings, loaded, chat_format, model.config)
-    train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
-    warn_of_trained(held_out, source.path, "the held-out loss")
-    examples = {id(record): example for record, example in fitting}
-    measured = held_out[:HELD_OUT_MEASURED]
+    data = _divide(context, source.path, fitting_examples(context, settings, loaded, chat_format, model.config))
     result = train_sft(
-        model, [examples[id(record)] for record in train], [examples[id(record)] for record in measured], settings,
+        model, data.train, data.held_out[:HELD_OUT_MEASURED], settings,
         seed=recipe.seed, work=context.work, stop=context.stop, precision=source.precision, name=source.path,
         processes=processes, log=metrics_log(context),
     )  # fmt: skip
-    adapter = (
-        TrainedAdapter("default", settings.lora, recipe.model.build is None) if settings.adapter == "lora" else None
-    )
     if not is_sharded(model) and not processes.is_main:
         return StageOutcome()
+    has_base = recipe.model.build is None
+    adapter = TrainedAdapter("default", settings.lora, has_base) if settings.adapter == "lora" else None
     own_stops = own_stop_ids(model, chat_format, source.path)
     written_kl = save_policy(
         model,
         tokenizer,
         context.output,
         source=source,
-        probe=probe_examples([examples[id(record)] for record in held_out or train]),
+        probe=probe_examples(data.held_out or data.train),
         adapter=adapter,
         generation=Sampling.resolve(sampling).generation(model, tokenizer, {*own_stops, *chosen_stops}),
     )
     if not processes.is_main:
         return StageOutcome()
-    write_contract(context, source.path, style, sampling, train)
-    for name in (METRICS, TIMING):
-        shutil.copyfile(context.work / name, context.output / name)
-    if loaded.skips.total:
-        loaded.skips.write(context.output / "skips.jsonl")
-    tokens = sum(len(examples[id(record)]) for record in train)
-    outcome = _outcome(result, len(train), len(held_out), tokens, loaded.skips.counts)
-    outcome.metrics["written_kl"] = written_kl
-    outcome.timing.update(read_totals(context.work))
-    return outcome
+    write_contract(context, source.path, style, sampling, data.trained)
+    return _recorded(context, result, data, loaded.skips, written_kl)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The demonstrations of a run, as token ids.
+
+    Attributes:
+        trained: the records of `train`.
+        train: to train on.
+        held_out: to measure the loss on.
+    """
+
+    trained: list[Demonstration]
+    train: list[Example]
+    held_out: list[Example]
+
+
+def _divide(context: SFTContext, path: str, fitting: list[tuple[Demonstration, Example]]) -> _Data:
+    """Divide demonstrations into those to train on and those that are held out; `path` is the base model's."""
+    train, held_out = split_from(context, path).divide([record for record, _ in fitting])
+    warn_of_trained(held_out, path, "the held-out loss")
+    examples = {id(record): example for record, example in fitting}
+    return _Data(train, [examples[id(record)] for record in train], [examples[id(record)] for record in held_out])
 
 
 def _load(context: SFTContext, source: ModelSource) -> PreTrainedModel:
@@ -179,13 +190,21 @@ def fitting_examples(
     return fitting
 
 
-def _outcome(result: SFTResult, records: int, held_out: int, tokens: int, skipped: dict[str, int]) -> StageOutcome:
+def _recorded(context: SFTContext, result: SFTResult, data: _Data, skips: SkipLog, written_kl: float) -> StageOutcome:
+    """Write logs and skipped records beside the model; return what the stage came to."""
     from rlhf_cli.stages.sft.loss import perplexity
+    from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
+    from rlhf_cli.training.monitoring.timing_log import read_totals
 
+    for name in (METRICS, TIMING):
+        shutil.copyfile(context.work / name, context.output / name)
+    if skips.total:
+        skips.write(context.output / "skips.jsonl")
+    records, tokens = len(data.train), sum(map(len, data.train))
     metrics = {
         "records": float(records),
         "tokens": float(tokens),
-        "held_out_records": float(held_out),
+        "held_out_records": float(len(data.held_out)),
         "steps": float(result.steps),
         "train_loss": result.train_loss,
         "skipped_steps": float(result.skipped_steps),
@@ -200,4 +219,5 @@ def _outcome(result: SFTResult, records: int, held_out: int, tokens: int, skippe
             "eval_perplexity": after,
         }
         summary.append(("held-out perplexity", f"{before:,.2f} -> {after:,.2f}"))
-    return StageOutcome(metrics=metrics, skipped=skipped, summary=summary)
+    metrics["written_kl"] = written_kl
+    return StageOutcome(metrics=metrics, skipped=dict(skips.counts), summary=summary, timing=read_totals(context.work))

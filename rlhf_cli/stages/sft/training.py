@@ -113,11 +113,16 @@ def train_sft(
         after = evaluate("held-out loss after")
     if processes.is_main:
         append_evaluation(work, steps, watch.end_step())
-    losses = [row["loss"] for row in read_rows(work / METRICS) if row["loss"] is not None] if processes.is_main else []
-    loss = sum(losses) / max(len(losses), 1)
+    loss = _mean_loss(work) if processes.is_main else 0.0
     return SFTResult(
         steps=steps, rows=rows, train_loss=loss, eval_loss_before=before, eval_loss=after, skipped_steps=skipped_steps
     )
+
+
+def _mean_loss(work: Path) -> float:
+    """Return the mean of the steps' losses, in nats per token; 0 without any."""
+    losses = [row["loss"] for row in read_rows(work / METRICS) if row["loss"] is not None]
+    return sum(losses) / max(len(losses), 1)
 
 
 def make_trainable(model: PreTrainedModel, settings: SFTSettings, seed: int) -> None:

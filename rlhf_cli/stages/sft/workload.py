@@ -76,7 +76,8 @@ def read(context: SFTContext) -> Reading:
 def _examples(context: SFTContext) -> tuple[ModelSource, list[Example], list[Example]]:
     """Return the base model, the examples to train on, and those that the loss is measured on."""
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.models.loading import load_config, load_tokenizer, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import load_config, load_tokenizer
 
     recipe, data = context.recipe, context.inputs.demonstrations.source
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.console import console, interactive
-from rlhf_cli.progress import format_duration, say
+from rlhf_cli.durations import format_duration
+from rlhf_cli.progress import say
 from rlhf_cli.training.monitoring.step_lines import StepLines, read_rows
 
 TIMING = "timing.jsonl"

@@ -124,13 +124,6 @@ def endpoint() -> Iterator[Endpoint]:
     http.server_close()
 
 
-class NoStop:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
 @pytest.fixture
 def judged(tmp_path: Path) -> Callable[..., Judged]:
     """Runs the judges of a recipe: `judged(candidates, panel=[...], floor=0.7, data={"max_skip": 1.0})`.

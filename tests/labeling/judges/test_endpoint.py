@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from rlhf_cli.labeling.judges.budget import Budget, Prices, most_tokens
 from rlhf_cli.labeling.judges.endpoint import EndpointJudge, Keep
 from rlhf_cli.labeling.judges.questions import Question, questions_about
 from rlhf_cli.labeling.judges.replies import REFUSED, UNHEARD, UNUSABLE, Reply, verdict
+from tests.stops import StopInSeconds
 
 TOKEN = "s3cret/token"
 Kept = dict[int, Reply]
@@ -308,7 +308,7 @@ def test_what_is_given_up_after_a_signal_is_charged(endpoint, judge, monkeypatch
     monkeypatch.setattr("rlhf_cli.labeling.judges.endpoint.GRACE", 0.2)
     endpoint.delay = 2.0
     budget, charged = Budget(None), []
-    made = judge(budget=budget, prices=Prices(1.0, 1.0), stop=Signal(0.4), concurrency=2)
+    made = judge(budget=budget, prices=Prices(1.0, 1.0), stop=StopInSeconds(0.4), concurrency=2)
     with pytest.raises(Interrupted):
         ask(made, questions(4), charge=lambda *given: charged.append(given))
     assert sorted(place for place, _ in charged) == [0, 1]
@@ -336,22 +336,11 @@ def test_what_is_no_completion_costs_what_it_says_or_its_bound(endpoint, judge, 
 # Signals
 
 
-class Signal:
-    """A stop that comes so many seconds from now."""
-
-    def __init__(self, after: float) -> None:
-        self._at = time.monotonic() + after
-
-    def check(self) -> None:
-        if time.monotonic() >= self._at:
-            raise Interrupted(signal.SIGTERM)
-
-
 def test_a_signal_lets_what_is_under_way_finish_and_starts_nothing_new(endpoint, judge):
     endpoint.delay = 0.6
     kept: Kept = {}
     with pytest.raises(Interrupted):
-        judge(stop=Signal(0.2), concurrency=3).ask(questions(30), kept.__setitem__, no_charge)
+        judge(stop=StopInSeconds(0.2), concurrency=3).ask(questions(30), kept.__setitem__, no_charge)
     assert len(kept) == len(endpoint.requests) == 3
 
 
@@ -360,7 +349,7 @@ def test_a_signal_does_not_wait_for_an_endpoint_that_hangs(endpoint, judge, monk
     endpoint.delay = 5.0
     began = time.monotonic()
     with pytest.raises(Interrupted):
-        ask(judge(stop=Signal(0.1), concurrency=2), questions(4))
+        ask(judge(stop=StopInSeconds(0.1), concurrency=2), questions(4))
     assert time.monotonic() - began < 3.0
 
 

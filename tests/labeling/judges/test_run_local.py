@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.labeling.judges import local
+from tests.stops import StopAtCheck
 
 ITEMS = [Candidates(f"question {number}", ("yes", "no " * (1 + number), "maybe")) for number in range(5)]
 QUESTIONS = 5 * 3 * 2
@@ -64,21 +64,10 @@ def test_what_is_too_long_is_said(tiny_llama, judged, report):
     )
 
 
-class Signal:
-    """A stop that is seen the `count`-th time somebody asks."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    def check(self) -> None:
-        self._left -= 1
-        if self._left <= 0:
-            raise Interrupted(signal.SIGTERM)
-
-
 def test_a_signal_between_batches_keeps_what_was_said(roomy_llama, judged, report, tmp_path, few_at_once):
+    stop = StopAtCheck(3)  # it is asked before the first batch, then after each
     with pytest.raises(Interrupted):
-        judged(ITEMS, panel=[{"model": str(roomy_llama)}], stop=Signal(3))  # before the first batch, then after each
+        judged(ITEMS, panel=[{"model": str(roomy_llama)}], stop=stop)
     assert len(kept(tmp_path)["verdicts.jsonl"]) == 8
     judged(ITEMS, panel=[{"model": str(roomy_llama)}])
     keys = kept(tmp_path)["verdicts.jsonl"]

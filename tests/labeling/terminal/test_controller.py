@@ -10,7 +10,7 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DiskError, RLHFError, UsageError
 from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, Growth, Sampling
+from rlhf_cli.labeling.session.types import Entry, Growth, SamplerStatus
 from rlhf_cli.labeling.terminal.app import run
 from rlhf_cli.labeling.terminal.controller import Controller
 from rlhf_cli.labeling.terminal.drawing import Screen
@@ -411,8 +411,8 @@ def item(number: int) -> list[Candidates]:
 
 
 def at_work(session, clock, *, is_running: bool = True) -> Controller:
-    sampling = Sampling(lambda: is_running)
-    controller = Controller(session, session.annotator("Maria"), clock, sampling)
+    sampler = SamplerStatus(lambda: is_running)
+    controller = Controller(session, session.annotator("Maria"), clock, sampler)
     controller.begin()
     return controller
 
@@ -477,14 +477,14 @@ def test_nobody_waits_for_sampling_that_has_stopped(growing, clock):
 
 
 def test_the_loop_ends_and_keeps_the_draft_when_sampling_fails(growing, clock):
-    sampling = Sampling(lambda: True)
-    controller = Controller(growing, growing.annotator("Maria"), clock, sampling)
+    sampler = SamplerStatus(lambda: True)
+    controller = Controller(growing, growing.annotator("Maria"), clock, sampler)
     controller.begin()
 
     class Failing(Scripted):
         def events(self, timeout):
             assert timeout is not None, "it would wait for a key, and never see the failure"
-            sampling.has_failed.set()
+            sampler.has_failed.set()
             return super().events(timeout)
 
     assert run(controller, Failing(Key("text", "b"))) is None

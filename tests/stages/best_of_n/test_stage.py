@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from itertools import combinations
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.best_of_n import run as best_of_n
 from rlhf_cli.stages.best_of_n.samples import SampleRow, read_samples
 from rlhf_cli.statistics.best_of_n import kl_bound
-from tests.stages.context import NeverStop, stage_context
+from tests.stages.context import stage_context
+from tests.stops import StopAtCheck
 
 CODE = """
 def count_e(prompts, completions):
@@ -27,18 +27,6 @@ def count_e(prompts, completions):
 def length(prompts, completions):
     return [float(len(text)) for text in completions]
 """
-
-
-class StopAfter(NeverStop):
-    """Asks for a stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        self.left = questions
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            raise Interrupted(signal.SIGTERM)
 
 
 @pytest.fixture
@@ -170,7 +158,7 @@ def test_without_held_out_prompts_it_says_what_to_do(tiny_llama, prompts, code, 
 def test_stopped_and_resumed_it_writes_the_same_bytes(tiny_llama, prompts, code, tmp_path):
     straight = by_function(tmp_path / "a", tiny_llama, prompts, code)
     best_of_n.run(straight)
-    broken = by_function(tmp_path / "b", tiny_llama, prompts, code, stop=StopAfter(12))
+    broken = by_function(tmp_path / "b", tiny_llama, prompts, code, stop=StopAtCheck(12))
     with pytest.raises(Interrupted):
         best_of_n.run(broken)
     assert (broken.work / "samples.jsonl").stat().st_size > 0

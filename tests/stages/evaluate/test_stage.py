@@ -29,13 +29,7 @@ from rlhf_cli.stages.evaluate import run as evaluate
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.model_names import model_names
 from tests.stages.context import stage_context
-
-
-class Never:
-    requested = False
-
-    def check(self) -> None:
-        pass
+from tests.stops import StopAtCheck
 
 
 @pytest.fixture(scope="module")
@@ -141,20 +135,12 @@ def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp
 
 @pytest.mark.parametrize("checks", [2, 9])
 def test_a_signal_ends_sampling_and_reading_within_a_batch(tiny_llama, prompts, judge, tmp_path, checks):
-    class StopAfter(Never):
-        count = 0
-
-        def check(self) -> None:
-            self.count += 1
-            if self.count == checks:
-                raise Interrupted(signal.SIGTERM)
-
     plan = {"max_new_tokens": 4, "batch_size": 2}
     context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge, sampling=plan)
-    context = dataclasses.replace(context, stop=StopAfter())
+    context = dataclasses.replace(context, stop=StopAtCheck(checks))
     with pytest.raises(Interrupted):
         evaluate.run(context)
-    assert context.stop.count == checks
+    assert context.stop.asked == checks
 
 
 def test_the_seed_decides_the_completions(tiny_llama, prompts, judge, tmp_path):

@@ -17,7 +17,8 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.label import active_learning as label_active_learning
@@ -26,13 +27,6 @@ from rlhf_cli.stages.label.sampling import Sampled
 from tests.stages.context import stage_context
 
 PROMPTS = [f"Question {number}?" for number in range(20)]
-
-
-class NoStop:
-    requested = False
-
-    def check(self) -> None:
-        pass
 
 
 def reward_model(base: Path, folder: Path, seed: int, std: float = 1.0) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,28 +13,12 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.label import run as label
 from tests.stages.context import stage_context
+from tests.stops import NeverStop, StopAtCheck
 
 GOLD = """
 def score(prompts, completions):
     return [float(completion.count("e")) for completion in completions]
 """
-
-
-class StopAfter:
-    """Asks for a stop at the n-th question; None never does."""
-
-    def __init__(self, questions: int | None = None) -> None:
-        self.left = questions
-
-    @property
-    def requested(self) -> bool:
-        return self.left is not None and self.left <= 0
-
-    def check(self) -> None:
-        if self.left is not None:
-            self.left -= 1
-            if self.left <= 0:
-                raise Interrupted(signal.SIGTERM)
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -54,7 +37,7 @@ def prompts(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "prompts.jsonl", [{"prompt": "x" * (n % 5 + 1) + f" {n}?"} for n in range(12)])
 
 
-def run(folder: Path, inputs: dict[str, str], stop: StopAfter | None = None, **settings: object) -> StageOutcome:
+def run(folder: Path, inputs: dict[str, str], stop: StopAtCheck | None = None, **settings: object) -> StageOutcome:
     data = settings.pop("shared", {})
     sampling = {"max_new_tokens": 12, "batch_size": 8} | settings.pop("sampling", {})  # type: ignore[operator]
     section = {"completions_per_prompt": 4, "sampling": sampling} | settings
@@ -62,7 +45,7 @@ def run(folder: Path, inputs: dict[str, str], stop: StopAfter | None = None, **s
     output, work = folder / "out", folder / "work"
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    return label.run(stage_context("label", recipe, output=output, work=work, stop=stop or StopAfter(), **inputs))
+    return label.run(stage_context("label", recipe, output=output, work=work, stop=stop or NeverStop(), **inputs))
 
 
 def rows(folder: Path) -> list[dict]:
@@ -99,7 +82,7 @@ def test_stopped_and_resumed_sampling_writes_the_same_bytes(gold: str, prompts: 
     settings = {"by": "function", "function": gold}
     run(tmp_path / "straight", inputs, **settings)
     with pytest.raises(Interrupted):
-        run(tmp_path / "broken", inputs, StopAfter(3 * 13 + 5), **settings)  # at the fifth token of the fourth batch
+        run(tmp_path / "broken", inputs, StopAtCheck(3 * 13 + 5), **settings)  # at the fifth token of the fourth batch
     samples = tmp_path / "broken" / "work" / "samples.jsonl"
     assert len(samples.read_text().splitlines()) == 3 * 8
     with samples.open("ab") as file:

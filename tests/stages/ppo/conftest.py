@@ -17,11 +17,12 @@ from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.critic import HeadStart
+from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+from rlhf_cli.stages.ppo.trainer import PPOTrainer
 
 SETTINGS = {
     "steps": 3,

@@ -16,12 +16,14 @@ from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.pipeline.preflight import check_models_of_run
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.inputs import Input
-from rlhf_cli.stages.ppo import critic as critics
+from rlhf_cli.stages.ppo import critic_files
+from rlhf_cli.stages.ppo.critic_files import check_saved_critic
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
@@ -157,7 +159,7 @@ def test_a_saved_critic_gives_the_same_values_again(critic, name, request, tmp_p
     assert expected.std() > 1e-2
     first.models.save_critic(tmp_path / "critic")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "critic")
-    critics.check_saved_critic(tmp_path / "critic")
+    check_saved_critic(tmp_path / "critic")
     again = load(base, critic=critic, critic_from=str(tmp_path / "critic"), seed=9)
     torch.testing.assert_close(values(again.models, base), expected, atol=0, rtol=0)
     assert again.notes[-1] == f"the critic starts from {tmp_path / 'critic'}"
@@ -191,7 +193,7 @@ def test_a_critic_that_was_not_written_as_trained_is_refused(critic, file, tenso
         save_file(*arguments)
         _scaled(folder / file, tensor)
 
-    monkeypatch.setattr(critics, "save_file", spoiled)
+    monkeypatch.setattr(critic_files, "save_file", spoiled)
     with pytest.raises(ModelError, match=r"is not the model that was trained: `.*` has other values"):
         made.models.save_critic(folder)
 
@@ -414,7 +416,7 @@ def _truncated(folder: Path) -> None:
 )
 def test_a_damaged_critic_is_found_from_its_files(critic, damage, said, tiny_llama, tmp_path):
     load(tiny_llama, critic=critic).models.save_critic(tmp_path / "critic")
-    critics.check_saved_critic(tmp_path / "critic")
+    check_saved_critic(tmp_path / "critic")
     damage(tmp_path / "critic")
     given = Input("critic", str(tmp_path / "critic"), "ppo.critic_from")
     with pytest.raises(ModelError, match=said) as caught:

@@ -15,19 +15,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 from rlhf_cli.generation import policy_saving
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo import run as ppo
 from tests.stages.context import stage_context
 
 TEXTS = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
-
-
-class NeverStop:
-    requested = False
-
-    def check(self) -> None:
-        pass
 
 
 @pytest.fixture

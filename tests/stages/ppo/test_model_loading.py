@@ -8,7 +8,8 @@ from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.adapter_layers import adapter_state
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.settings import PPOSettings

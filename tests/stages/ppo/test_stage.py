@@ -13,7 +13,8 @@ from rlhf_cli.generation.contract import Contract, read_contract
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.files import save_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
 from rlhf_cli.stages.common import warn_of_rounding

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.models.reward_model.members import further_members, member_folder
-from rlhf_cli.models.reward_model.model import load_reward_model
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.inputs import InputFinder

@@ -12,20 +12,13 @@ from rlhf_cli.data.records import Ranking
 from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import load_reward_model
+from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model import run as train_rm
 from rlhf_cli.stages.reward_model.evaluation import ranking_report
 from rlhf_cli.stages.reward_model.quality import doubts
 from tests.stages.context import stage_context
-
-
-class Never:
-    requested = False
-
-    def check(self) -> None:
-        pass
 
 
 def write_rankings(path: Path, count: int = 30, *, answers: int = 3, extra=()) -> Path:

@@ -13,36 +13,15 @@ import torch
 from rlhf_cli.data.records import Ranking
 from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.models.reward_model.loading import new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, encode_group, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
+from tests.stops import NeverStop, StopAtStep
 
 LORA = LoraSettings(rank=4, alpha=8.0)
-
-
-class Never:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
-class After:
-    """A signal that comes during step `step`."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.asked = step, 0
-
-    @property
-    def requested(self) -> bool:
-        self.asked += 1
-        return self.asked >= self.step
-
-    def check(self) -> None:
-        if self.asked >= self.step:
-            raise Interrupted(15)
 
 
 def rankings(count: int = 12) -> list[Ranking]:
@@ -78,7 +57,7 @@ def trainer_of(folder: Path, work: Path, *, stop=None, lora=LORA, groups=None, *
     scorer = scorer_of(folder, lora)
     groups = [encode_group(scorer, ranking) for ranking in rankings()] if groups is None else groups
     work.mkdir(exist_ok=True, parents=True)
-    return RewardTrainer(scorer, groups, settings(**changes), seed=5, work=work, stop=stop or Never())
+    return RewardTrainer(scorer, groups, settings(**changes), seed=5, work=work, stop=stop or NeverStop())
 
 
 def weights(trainer: RewardTrainer) -> dict[str, torch.Tensor]:
@@ -230,7 +209,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(killed_in, lora, ti
 def test_a_signal_saves_the_step_that_was_running(tiny_llama, tmp_path):
     whole = trainer_of(tiny_llama, tmp_path / "whole", checkpoint_steps=100)
     whole.train()
-    stopped = trainer_of(tiny_llama, tmp_path / "stopped", checkpoint_steps=100, stop=After(3))
+    stopped = trainer_of(tiny_llama, tmp_path / "stopped", checkpoint_steps=100, stop=StopAtStep(3))
     with pytest.raises(Interrupted):
         stopped.train()
     assert (tmp_path / "stopped" / "step-00000003").is_dir()
@@ -284,7 +263,7 @@ def test_three_in_a_row_go_back_once_and_then_give_up(tiny_llama, tmp_path, caps
 
 
 def test_a_signal_among_bad_steps_does_not_change_where_a_run_rolls_back_to(tiny_llama, tmp_path, capsys):
-    trainer = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2, stop=After(4))
+    trainer = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2, stop=StopAtStep(4))
     poison(trainer, {2, 3})
     with pytest.raises(Interrupted):
         trainer.train()

@@ -21,7 +21,8 @@ from rlhf_cli.stages.reward_model.data import encode_group, halves
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 from tests.stages.reward_model.test_stage import context_of, write_rankings
-from tests.stages.reward_model.test_trainer import LORA, Never, rankings, same, scorer_of, settings, weights
+from tests.stages.reward_model.test_trainer import LORA, rankings, same, scorer_of, settings, weights
+from tests.stops import NeverStop
 
 DROPOUT = LoraSettings(rank=4, alpha=8.0, dropout=0.2)
 
@@ -31,7 +32,7 @@ def trainer_of(folder: Path, work: Path, *, lora=LORA, **changes) -> RewardTrain
     groups = [encode_group(model, ranking) for ranking in rankings(16)]
     work.mkdir(exist_ok=True, parents=True)
     given = settings(eval_steps=1, batch_size=4, epochs=2.0, **changes)
-    return RewardTrainer(model, groups[:12], given, held_out=groups[12:], seed=5, work=work, stop=Never())
+    return RewardTrainer(model, groups[:12], given, held_out=groups[12:], seed=5, work=work, stop=NeverStop())
 
 
 def logged(work: Path, name: str) -> list[float]:
@@ -75,7 +76,7 @@ def test_it_is_logged_every_so_many_steps_and_after_the_last(tiny_llama, tmp_pat
     model = scorer_of(tiny_llama)
     groups = [encode_group(model, ranking) for ranking in rankings(12)]
     given = settings(eval_steps=2, batch_size=4, epochs=5 / 3)
-    RewardTrainer(model, groups, given, held_out=groups, seed=5, work=tmp_path, stop=Never()).train()
+    RewardTrainer(model, groups, given, held_out=groups, seed=5, work=tmp_path, stop=NeverStop()).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4, 5]
 

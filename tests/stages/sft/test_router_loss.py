@@ -14,7 +14,7 @@ from rlhf_cli.stages.sft.trainer import router_loss
 from rlhf_cli.stages.sft.training import train_sft
 from tests.conftest import byte_level_tokenizer
 from tests.families.zoo import tiny_model
-from tests.stages.context import NeverStop
+from tests.stops import NeverStop
 
 EXAMPLES = [Example([5, 6, 7], [8, 9, 10, 44]), Example([50, 60], [70, 12])]
 

@@ -23,13 +23,6 @@ from tests.chat_templates import BY_NAME, turns
 from tests.stages.context import stage_context
 
 
-class NeverStop:
-    requested = False
-
-    def check(self) -> None:
-        pass
-
-
 def jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

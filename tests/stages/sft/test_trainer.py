@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DivergedError, Interrupted, ModelError, UsageError
 from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.loading import ModelSource, load_policy
@@ -20,6 +20,7 @@ from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.sft import trainer as sft_trainer
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sft.training import SFTResult, train_sft
+from tests.stops import NeverStop, StopAtStep
 
 EXAMPLES = [
     Example([3 + n, 11, 12 + n % 3], [20 + n % 5, 26, 22 + n % 7, *range(30, 30 + n % 4), 1]) for n in range(12)
@@ -36,29 +37,12 @@ DEFAULTS = {
 LORA = LoraSettings()
 
 
-class Stop:
-    """Asks for a stop after so many steps; None never does."""
-
-    def __init__(self, after: int | None = None) -> None:
-        self.left = after
-
-    @property
-    def requested(self) -> bool:
-        if self.left is not None:
-            self.left -= 1
-        return self.left is not None and self.left <= 0
-
-    def check(self) -> None:
-        if self.left is not None and self.left <= 0:
-            raise Interrupted(signal.SIGTERM)
-
-
 def train(
     folder: Path,
     work: Path,
     settings: SFTSettings | None = None,
     *,
-    stop: Stop | None = None,
+    stop: StopRequest | None = None,
     held_out=(),
     seed=0,
     **named,
@@ -66,8 +50,9 @@ def train(
     model = load_policy(ModelSource(str(folder)), dtype=torch.float32)
     work.mkdir(exist_ok=True, parents=True)
     result = train_sft(
-        model, EXAMPLES, held_out, settings or with_(), seed=seed, work=work, stop=stop or Stop(), name="tiny", **named
-    )
+        model, EXAMPLES, held_out, settings or with_(), seed=seed, work=work, stop=stop or NeverStop(), name="tiny",
+        **named,
+    )  # fmt: skip
     if adapter_layers(model):
         merge_lora(model)
     return model, result
@@ -155,7 +140,7 @@ def test_resumed_equals_uninterrupted(lora: LoraSettings | None, tiny_llama: Pat
     options = with_(lora=lora, schedule="cosine", warmup_share=0.3, weight_decay=0.1)
     straight, _ = train(tiny_llama, tmp_path / "straight", options)
     with pytest.raises(Interrupted):
-        train(tiny_llama, tmp_path / "broken", options, stop=Stop(after=3))
+        train(tiny_llama, tmp_path / "broken", options, stop=StopAtStep(3))
     assert len(log(tmp_path / "broken")) == 3
     resumed, result = train(tiny_llama, tmp_path / "broken", options)
     assert torch.equal(weights(resumed), weights(straight))
@@ -166,7 +151,7 @@ def test_resumed_equals_uninterrupted(lora: LoraSettings | None, tiny_llama: Pat
 def test_a_run_stopped_at_its_last_step_is_finished_by_the_next(tiny_llama: Path, tmp_path: Path):
     straight, expected = train(tiny_llama, tmp_path / "straight")
     with pytest.raises(Interrupted):
-        train(tiny_llama, tmp_path / "broken", stop=Stop(after=6))
+        train(tiny_llama, tmp_path / "broken", stop=StopAtStep(6))
     resumed, result = train(tiny_llama, tmp_path / "broken")
     assert torch.equal(weights(resumed), weights(straight))
     assert result == expected
@@ -175,7 +160,7 @@ def test_a_run_stopped_at_its_last_step_is_finished_by_the_next(tiny_llama: Path
 def test_a_damaged_checkpoint_is_passed_over(tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     straight, _ = train(tiny_llama, tmp_path / "straight")
     with pytest.raises(Interrupted):
-        train(tiny_llama, tmp_path / "broken", stop=Stop(after=5))
+        train(tiny_llama, tmp_path / "broken", stop=StopAtStep(5))
     newest = tmp_path / "broken" / "step-00000005" / "tensors.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -272,7 +257,7 @@ def test_precision_is_that_of_the_products(tiny_llama: Path, tmp_path: Path, mon
 def test_the_models_own_special_tokens_are_left(tiny_llama: Path, tmp_path: Path):
     model = load_policy(ModelSource(str(tiny_llama)))
     model.generation_config.eos_token_id = [7, 0]  # a model may end its turns in several ways
-    train_sft(model, EXAMPLES, [], with_(), seed=0, work=tmp_path, stop=Stop())
+    train_sft(model, EXAMPLES, [], with_(), seed=0, work=tmp_path, stop=NeverStop())
     assert model.generation_config.eos_token_id == [7, 0]
     assert (model.config.bos_token_id, model.config.pad_token_id) == (None, None)
 
