@@ -128,7 +128,7 @@ def _check_model(folder: Path) -> None:
     if (folder / "reward.json").is_file():
         raise UsageError(
             f"{folder} is a reward model, which scores and does not reply",
-            hint=f"name {folder.parent}, whose models reply with its rewards"
+            hint=f"name {folder.parent}: its models reply, and this reward model scores the replies"
             if (folder.parent / "sft").is_dir()
             else "name the model that it was trained for",
         )

@@ -135,7 +135,7 @@ def rlhf(
     Exit codes:
       0    done                   75   run directory in use
       2    usage or recipe error  76   waiting for human labels
-      65   bad data               77   cost limit of a judge reached
+      65   bad data or model      77   cost limit of a judge reached
       70   diverged or stopped    78   a requirement of the recipe is not met
       74   disk full or failing   124  stalled
                                   130, 143  interrupted; can be resumed

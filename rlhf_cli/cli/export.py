@@ -41,7 +41,7 @@ def export(
       verl      SFT model, reward model, prompts, a script with PPO's settings
       openrlhf  the same for OpenRLHF
 
-    The outputs of the written model are compared with those of MODEL.
+    The outputs of every model are compared with those of the original; for gguf, before llama.cpp converts it.
     """
     from rlhf_cli.errors import UsageError
     from rlhf_cli.export.models import find_model, new_folder, write_plain

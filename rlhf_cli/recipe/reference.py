@@ -27,8 +27,8 @@ Recipes use YAML 1.2: `1e-6` is a number, `no` is text. Duplicate keys, tags, an
 
 A relative path is resolved against the current directory first, then against the folder of the recipe. A name that does
 not exist locally and looks like a hub id (`owner/name`, `owner/name@revision`) is loaded from the hub. A model is
-loaded at the commit in the local cache, else at the newest one; `hf download ID` fetches a newer one. A name that
-begins with an existing folder or with `runs/` is always a path.
+loaded at the commit in the local cache, else at the newest one; `hf download ID` fetches a newer one. The name of a
+model that begins with an existing folder or with `runs/`, `models/`, `outputs/` or `checkpoints/` is always a path.
 
 Settings marked *effort* affect memory, speed, display, or when a run stops or continues, but not what a stage
 computes. They may be changed at any time, even for an unfinished stage; finished stages stay valid.
@@ -49,18 +49,18 @@ def json_schema() -> dict[str, Any]:
 def markdown() -> str:
     """Return the content of docs/recipe.md."""
     parts = [_INTRODUCTION, _table(Recipe, "")]
-    seen: set[type[Section]] = set()
+    seen: dict[type[Section], str] = {}
     for name, field in Recipe.model_fields.items():
         if inner := section_of(field):
             parts += _chapter(name, inner, seen)
     return "\n".join(parts)
 
 
-def _chapter(path: str, section: type[Section], seen: set[type[Section]]) -> list[str]:
+def _chapter(path: str, section: type[Section], seen: dict[type[Section], str]) -> list[str]:
     text = " ".join((section.__doc__ or "").split())
-    if section in seen:
-        return [f"## `{path}`\n", f"{_wrapped(f'{text} Settings as above.')}\n"]
-    seen.add(section)
+    if first := seen.get(section):
+        return [f"## `{path}`\n", f"{_wrapped(f'{text} Settings as in [`{first}`](#{_anchor(first)}).')}\n"]
+    seen[section] = path
     parts = [f"## `{path}`\n", f"{_wrapped(text)}\n", _table(section, path)]
     for name, field in section.model_fields.items():
         if inner := section_of(field):

@@ -120,12 +120,12 @@ class ModelSettings(Section):
     bfloat16."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and it is at least 1.1
-    times as fast as float32, else float32. This is measured with one layer of the model's width, trained as the stage
-    trains, when a stage starts; a resumed stage keeps the choice."""
+    times as fast as float32, else float32. This is measured when a stage starts, with one layer of the model's width
+    (at most 512), trained as the stage trains; a resumed stage keeps the choice."""
     attention: str = "auto"
     """Attention backend: a built-in one (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list` says which run
-    on this machine), `auto` for the fastest one available, `package.module:function` for your own, or one of
-    transformers (such as `sdpa` or `eager`), which use padded batches."""
+    on this machine), `package.module:function` for your own, or one of transformers (such as `sdpa` or `eager`), which
+    use padded batches. `auto` takes the first built-in one that supports a call; docs/attention.md has the order."""
     device: Annotated[str, EffortOnly()] = "auto"
     """`cpu`, `cuda` or `auto` (CUDA if available, else the CPU). Select a GPU with CUDA_VISIBLE_DEVICES."""
     sharding: Annotated[Literal["none", "fsdp"], EffortOnly()] = "none"

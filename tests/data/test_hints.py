@@ -175,7 +175,7 @@ CASES = {
     "two ratings of a completion": Case("one control at a time", [rated(helpful=(5, 1), brief=(1, 5))], [rated(helpful=(5, 1))]),
     "an option that is not there": Case("list the ids", [{"text": "q", "options": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}], "accept": [3]}], [{"text": "q", "options": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}], "accept": [2]}]),
     # JSON
-    "nested": Case("a record is flat", "[" * 100_000 + "\n", GOOD, kind=D),
+    "nested": Case("text, numbers, lists and messages", "[" * 100_000 + "\n", GOOD, kind=D),
     "a number a line": Case("per line", "3\n", GOOD, kind=D),
     "a field twice": Case("keep one of them", '{"prompt": "q", "prompt": "r", "completion": "a"}\n', GOOD, kind=D),
     "a long number": Case("as text", '{"prompt": "q", "completion": "a", "n": ' + "1" * 5000 + "}\n", '{"prompt": "q", "completion": "a", "n": "' + "1" * 5000 + '"}\n', kind=D),
@@ -205,7 +205,7 @@ CASES = {
     "no UTF-16": Case("save it as UTF-8", LINE.encode("utf-16") + b"\x00", LINE, kind=D),
     "empty": Case("check the program", "\n", GOOD, kind=D),
     "empty parquet": Case("check the program", b"", GOOD, kind=D, name="a.parquet a.jsonl"),
-    "another ending": Case("name it .jsonl", LINE, LINE, kind=D, name="a.data a.jsonl"),
+    "another ending": Case("rename it to end in .jsonl", LINE, LINE, kind=D, name="a.data a.jsonl"),
     # Shares
     "too many skipped": Case("data.max_skip=", [*GOOD, *p(completion="")], kind=D),
     "all skipped": Case("fix the records", p(completion=""), GOOD, kind=D),

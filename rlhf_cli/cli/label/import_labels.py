@@ -16,8 +16,8 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="File, folder or hub data set: rankings, preferences, HH transcripts, labels.jsonl, or exports of "
-            "RewardBench, Label Studio, Argilla or OpenAssistant.",
+            help="File, folder or hub data set: rankings, preferences, ratings, published comparisons, or exports of "
+            "labeling tools; docs/label-formats.md lists all formats.",
         ),
     ],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Output file. Default: stdout.")] = None,

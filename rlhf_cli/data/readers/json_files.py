@@ -70,7 +70,7 @@ def _decoded(location: str, text: str, indent: int) -> object:
 
 def _too_deep(location: str) -> DataError:
     return DataError(
-        f"{location}: the JSON is nested too deeply", hint="a record is flat: text, numbers and short lists"
+        f"{location}: the JSON is nested too deeply", hint="a record holds text, numbers, lists and messages"
     )
 
 

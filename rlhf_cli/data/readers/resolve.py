@@ -110,7 +110,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if suffix is None:
         raise DataError(
             f"{path}: unknown file type",
-            hint=f"name it {_NAMES}; an Arrow file is written as Parquet with `to_parquet`",
+            hint=f"rename it to end in {_NAMES}; convert an Arrow file with `to_parquet` of datasets",
         )
     reader = _READERS[suffix]
     if reader is parquet_rows:

@@ -206,10 +206,13 @@ def not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> DataError:
     """The error for a byte that is not UTF-8."""
     line_start = error.object.rfind(b"\n", 0, error.start) + 1
     column = len(error.object[line_start : error.start].decode("utf-8", "replace")) + 1
+    is_windows = error.encoding in (WINDOWS, "charmap")
     return DataError(
         f"{path}:{number}: byte 0x{error.object[error.start]:02x} at column {column} is not "
-        f"{'Windows-1252' if error.encoding in (WINDOWS, 'charmap') else 'UTF-8'}",
-        hint=f"if it was written on Windows: `iconv -f CP1252 -t UTF-8 {path.name} > utf8-{path.name}`",
+        f"{'Windows-1252, and the file is not UTF-8 either' if is_windows else 'UTF-8'}",
+        hint="save the file as UTF-8 with the program that wrote it"
+        if is_windows
+        else f"if it was written on Windows: `iconv -f CP1252 -t UTF-8 {path.name} > utf8-{path.name}`",
     )
 
 

@@ -77,8 +77,8 @@ def questions_about(
         if is_too_many(order):
             raise DataError(
                 f"{candidates.location or f'item {number}'}: {len(order)} different completions of one prompt, but "
-                f"`label.judge.method: listwise` shows at most {len(LETTERS)}",
-                hint="use `--set label.judge.method=pairs`, or fewer completions per prompt",
+                f"`judge.method: listwise` shows at most {len(LETTERS)}",
+                hint="set `judge.method` to `pairs`, or give fewer completions per prompt",
             )
         groups = [tuple(first_of[text] for text in order)]
     else:

@@ -159,8 +159,8 @@ class PPOSettings(StageSection):
     """The run ends early after a step whose KL to the SFT model exceeds this, in nats per completion; null never ends
     early."""
     kl_budget: Positive | None = None
-    """Maximum KL to the SFT model, in nats per completion, of the policy that the stage writes: the best one within
-    this budget among those evaluated every `eval_steps`. Null writes the last policy."""
+    """Maximum KL to the SFT model, in nats per completion, of the policy that the stage writes: of those evaluated
+    every `eval_steps`, the one with the highest held-out reward within this budget. Null writes the last policy."""
 
     reward_scale: Positive | Literal["running"] = 1.0
     """Factor applied to the combined reward; `running` divides by the standard deviation of all rewards so far."""
@@ -179,7 +179,8 @@ class PPOSettings(StageSection):
     eval_steps: Count | None = None
     """Steps between evaluations on held-out prompts, the first before training; null does not evaluate."""
     eval_prompts: Count = 64
-    """Maximum number of held-out prompts (`data.holdout`) to evaluate on."""
+    """Maximum number of held-out prompts (`data.holdout`) to evaluate on; also at most half of them, so that others are
+    left for `evaluate`."""
     show_steps: Annotated[Count | None, EffortOnly()] = None
     """Steps between samples for a few fixed prompts, printed and saved in `samples.jsonl`; null shows none."""
     shown_prompts: Effort = 3

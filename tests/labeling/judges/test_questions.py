@@ -102,5 +102,5 @@ def test_a_list_of_more_answers_than_letters_is_refused_with_its_place():
     assert len(ask(Candidates("why?", (*most, "answer 3")), reply="list")) == 2, "equal ones are shown once"
     with pytest.raises(DataError, match=r"^rows\.jsonl:7: 17 different completions .* at most 16") as caught:
         ask(Candidates("why?", (*most, "another"), location="rows.jsonl:7"), reply="list")
-    assert "label.judge.method=pairs" in (caught.value.hint or "")
+    assert "`judge.method` to `pairs`" in (caught.value.hint or "")
     assert len(ask(Candidates("why?", (*most, "another")), reply="mark")) == 17 * 16
