@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.models.gpus import GPUS, Cluster
+from rlhf_cli.models.model_shape import ModelShape
 from rlhf_cli.models.model_sizes import SIZES, gated_decoder
-from rlhf_cli.models.resources import Extent, MemoryNeed, ModelShape
+from rlhf_cli.models.resources import Extent, MemoryNeed
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import Predictor, Took
 from rlhf_cli.recipe.schema import Recipe

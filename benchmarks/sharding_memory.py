@@ -165,7 +165,8 @@ def counted(folder: Path, run: str, ranks: int) -> tuple[float, float]:
     """Return bytes that one process would hold, and those that each of several ranks holds whole, as planned."""
     import yaml
 
-    from rlhf_cli.models.resources import Extent, ModelShape
+    from rlhf_cli.models.model_shape import ModelShape
+    from rlhf_cli.models.resources import Extent
     from rlhf_cli.recipe.schema import Recipe
     from rlhf_cli.stages.registry import stage as stage_named
 
@@ -196,7 +197,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_inputs(folder, options.hidden, options.layers)
-        from rlhf_cli.models.resources import ModelShape
+        from rlhf_cli.models.model_shape import ModelShape
 
         print(f"{ModelShape.required(folder / 'model').weights:,} weights in float32; peaks of the largest rank in MB")
         print("| run | ranks | first steps | resumed, saved | whole / ranks | not divided | bound | within |")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -18,23 +16,14 @@ from rlhf_cli.data.sources import read_records
 from rlhf_cli.data.splits import Split
 from rlhf_cli.labeling.label_records import read_labels
 from rlhf_cli.labeling.session.types import item_id
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data_samples"
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-make = _module(SAMPLES / "make.py")
-gold = _module(ROOT / "recipes" / "quickstart_gold.py")
+make = load_script(SAMPLES / "make.py")
+gold = load_script(ROOT / "recipes" / "quickstart_gold.py")
 QUESTION = "How often should I water my basil?"
 TIP = "Water basil in the morning, when the top of the soil feels dry."
 OTHER_TIPS = [tip for matter in make.read_matters() if matter.subject == "basil" for tip in matter.tips if tip != TIP]

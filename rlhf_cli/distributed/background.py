@@ -21,8 +21,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from rlhf_cli.distributed.signals import handling
+from rlhf_cli.distributed.silent_ends import died, show_last_output
 from rlhf_cli.distributed.worker import CHANNEL, OUTPUT
-from rlhf_cli.errors import EXIT_IN_USE, EXIT_WAITING, ProcessDiedError, ReportedError
+from rlhf_cli.errors import EXIT_IN_USE, EXIT_WAITING, ReportedError
 from rlhf_cli.run_log import open_log
 
 _POLL = 0.1
@@ -31,7 +32,7 @@ QUICK_STOP = 1.0
 """Seconds to stop without a message."""
 LONGEST_STOP = 20.0
 """Seconds to stop; then the process is killed, which loses what is not on disk yet."""
-_SHOWN_LINES = 30
+_SAMPLER = "the process that samples"
 
 
 class BackgroundCommand:
@@ -137,19 +138,8 @@ class BackgroundCommand:
             sys.stderr.flush()
             raise ReportedError(error["code"], error["plain"])
         self._output.seek(0)
-        if lines := self._output.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]:
-            print("last output of the process that samples:", *lines, sep="\n  ", file=sys.stderr)
-        if code < 0:
-            name = signal.Signals(-code).name
-            why = "the system kills a process when memory runs out; " if -code == signal.SIGKILL else ""
-            raise ProcessDiedError(
-                f"the process that samples was killed by {name}",
-                exit_code=128 - code,
-                hint=f"{why}run the same command again to resume; labels and finished completions are kept",
-            )
-        raise ProcessDiedError(
-            f"the process that samples ended with exit code {code} and reported no error", exit_code=code
-        )
+        show_last_output(_SAMPLER, self._output.read())
+        raise died(_SAMPLER, code, resuming="; labels and finished completions are kept")
 
     def _watch(self) -> None:
         """Read what the process reports until its end."""

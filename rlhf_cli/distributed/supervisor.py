@@ -24,6 +24,7 @@ from typing import Any
 
 from rlhf_cli.distributed.process_group import LISTENER
 from rlhf_cli.distributed.signals import handling
+from rlhf_cli.distributed.silent_ends import died, show_last_output
 from rlhf_cli.distributed.worker import CHANNEL
 from rlhf_cli.errors import EXIT_IN_USE, Interrupted, ProcessDiedError, ReportedError
 from rlhf_cli.run_log import open_log
@@ -39,7 +40,6 @@ _AFTER_RANK_0 = 1.0
 """Seconds that the other ranks have once rank 0 has succeeded: it does the last work of a run."""
 _KEPT_BYTES = 1 << 16
 """Bytes of a rank's output that are kept."""
-_SHOWN_LINES = 30
 _POLL = 0.1
 """Seconds between two checks for ranks that have ended."""
 _MAX_READS = 64
@@ -257,20 +257,9 @@ class _Supervisor:
 
     def _died_silently(self, rank: _Rank) -> ProcessDiedError:
         """The error for a rank that ended without reporting one."""
-        code = rank.process.returncode
-        lines = rank.tail.decode(errors="replace").splitlines()[-_SHOWN_LINES:]
-        if lines:
-            print(f"last output of rank {rank.number}:", *lines, sep="\n  ", file=sys.stderr)
-        if code >= 0:
-            return ProcessDiedError(
-                f"rank {rank.number} of {self._count} ended with exit code {code} and reported no error", exit_code=code
-            )
-        name = signal.Signals(-code).name
-        why = "the system kills a process when memory runs out; " if -code == signal.SIGKILL else ""
-        return ProcessDiedError(
-            f"rank {rank.number} of {self._count} was killed by {name}",
-            exit_code=128 - code,
-            hint=f"{why}run the same command again to resume from the last checkpoint",
+        show_last_output(f"rank {rank.number}", bytes(rank.tail))
+        return died(
+            f"rank {rank.number} of {self._count}", rank.process.returncode, resuming=" from the last checkpoint"
         )
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_sizes(config: Mapping[str, Any]) -> dict[str, int] | None:
-    """Return sizes by their names in `resources.ModelShape`; None where the configuration does not say them.
+    """Return sizes by their names in `model_shape.ModelShape`; None where the configuration does not say them.
 
     Args:
         config: of the language model, without other parts.

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.config_sizes import read_sizes
-from rlhf_cli.models.resources import BFLOAT16, ModelShape
+from rlhf_cli.models.model_shape import BFLOAT16, ModelShape
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

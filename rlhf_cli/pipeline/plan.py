@@ -21,7 +21,8 @@ from rlhf_cli.distributed.signals import SignalStop
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
-from rlhf_cli.models.resources import CPU_PROCESS, FLOAT32, Extent, MemoryNeed
+from rlhf_cli.models.model_shape import FLOAT32
+from rlhf_cli.models.resources import CPU_PROCESS, Extent, MemoryNeed
 from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.plan_advice import Advice, advise

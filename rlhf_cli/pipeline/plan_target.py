@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_cli.models.gpus import Cluster
-from rlhf_cli.models.resources import BFLOAT16, Extent, ModelShape, vllm_least
+from rlhf_cli.models.model_shape import BFLOAT16, ModelShape
+from rlhf_cli.models.resources import Extent, vllm_least
 from rlhf_cli.pipeline.prediction import SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings

@@ -27,7 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_cli.models.gpus import GPU, Cluster
-from rlhf_cli.models.resources import BFLOAT16, FLOAT32, Extent, ModelShape, number_bytes, shards, vllm_least
+from rlhf_cli.models.model_shape import BFLOAT16, FLOAT32, ModelShape
+from rlhf_cli.models.resources import Extent, number_bytes, shards, vllm_least
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.workload import Work, Workload
 

@@ -17,7 +17,8 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.errors import RequirementError
 from rlhf_cli.memory import keep_freed_memory, return_freed_memory
-from rlhf_cli.models.resources import Extent, ModelShape
+from rlhf_cli.models.model_shape import ModelShape
+from rlhf_cli.models.resources import Extent
 from rlhf_cli.pipeline.agreement import check_agreement
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint

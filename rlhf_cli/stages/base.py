@@ -14,7 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import Extent, MemoryNeed, ModelShape, loading, memory_need, number_bytes, vllm_share
+from rlhf_cli.models.model_shape import ModelShape
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, vllm_share
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_cli.models.resources import FLOAT32, Extent, frozen_bytes, moments, number_bytes, own_part, shards
+from rlhf_cli.models.model_shape import FLOAT32
+from rlhf_cli.models.resources import Extent, frozen_bytes, moments, number_bytes, own_part, shards
 from rlhf_cli.settings.shared import ModelSettings, TrainingSettings
 
 

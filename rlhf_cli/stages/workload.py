@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rlhf_cli.models.resources import ModelShape
+from rlhf_cli.models.model_shape import ModelShape
 from rlhf_cli.settings.shared import OUR_ATTENTION, ModelSettings
 
 Kind = Literal["train", "forward", "draw"]

@@ -60,7 +60,7 @@ def inspect_model(path: str) -> ModelFacts:
         ModelError: there is no such model, or it cannot be a policy.
     """
     from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
-    from rlhf_cli.models.resources import ModelShape
+    from rlhf_cli.models.model_shape import ModelShape
 
     source = ModelSource(path)
     contract = read_contract(path)

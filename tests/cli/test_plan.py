@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.cli.plan_report import show_plan
-from rlhf_cli.models.resources import CPU_PROCESS, Extent, ModelShape
+from rlhf_cli.models.model_shape import ModelShape
+from rlhf_cli.models.resources import CPU_PROCESS, Extent
 from rlhf_cli.pipeline import plan as planning
 from rlhf_cli.pipeline.plan import plan_run
 from rlhf_cli.pipeline.plan_advice import advise

@@ -86,6 +86,7 @@ def test_the_time_left_is_sensible_within_five_seconds_and_soon_good(clock, name
 def test_what_is_shown_does_not_jump(clock, name):
     _, bar = simulated(clock, LENGTHS[name], limit=1024, is_refilled=True)
     shown = [(at, left) for at, left in bar.shown if left is not None]
+    assert len(shown) > 10
     for (before, one), (after, other) in pairwise(shown):
         expected, change = max(one - (after - before), 0), 1.25 ** (2 * (after - before) + 1)
         assert expected / change - 3 <= other <= expected * change + 3

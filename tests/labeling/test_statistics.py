@@ -63,6 +63,7 @@ def test_tau_is_a_mean_over_items_however_many_ranked_them():
 def test_agreement_of_the_others_is_what_remains_without_somebody():
     labels = crowd([Person("a"), Person("b"), Person("c", noise=3)], items=80, overlap=3, seed=2)
     report = statistics(labels, seed=0)
+    assert [person.name for person in report.annotators] == ["a", "b", "c"]
     for person in report.annotators:
         without = statistics([one for one in labels if one.annotator != person.name], seed=0).agreement.with_ties
         assert person.others.value == pytest.approx(without.value)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import load_script
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_models.py"
 
 
 @pytest.mark.slow
-def test_damaged_models_are_refused_or_right(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("fuzz_models", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    fuzz = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, fuzz)  # where its data classes look their annotations up
-    spec.loader.exec_module(fuzz)
+def test_damaged_models_are_refused_or_right(tmp_path):
+    fuzz = load_script(SCRIPT)
     fuzz.make_models(tmp_path)
     counts: Counter[str] = Counter()
     for number in range(25):

@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.gpus import GPUS, Cluster, find_gpu
+from rlhf_cli.models.model_shape import ModelShape
 from rlhf_cli.models.model_sizes import SIZES, find_size
-from rlhf_cli.models.resources import ModelShape
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,8 @@ from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.resources import (
-    Extent,
-    MemoryNeed,
-    ModelShape,
-    frozen_bytes,
-    memory_need,
-    moments,
-    number_bytes,
-)
+from rlhf_cli.models.model_shape import ModelShape
+from rlhf_cli.models.resources import Extent, MemoryNeed, frozen_bytes, memory_need, moments, number_bytes
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages import registry

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from rlhf_cli.models.gpus import GPU, Cluster
-from rlhf_cli.models.resources import Extent, ModelShape, vllm_share
+from rlhf_cli.models.model_shape import ModelShape
+from rlhf_cli.models.resources import Extent, vllm_share
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -14,6 +12,7 @@ from rlhf_cli.rewards.http_endpoint import HTTPReward
 from rlhf_cli.rewards.python_function import load_scoring_function
 from rlhf_cli.settings.rewards import PPORewardSettings
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from tests.loopback import serving
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 
@@ -48,11 +47,9 @@ def test_the_server_is_sent_and_answers_what_the_page_says(tmp_path):
         seen.append((prompts, completions)) or inner(prompts, completions)
     )
     namespace["Handler"].log_message = lambda *arguments: None
-    with ThreadingHTTPServer(("127.0.0.1", 0), namespace["Handler"]) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        reward = HTTPReward(PPORewardSettings(url=f"http://127.0.0.1:{server.server_port}/score", retries=0))
+    with serving(namespace["Handler"]) as address:
+        reward = HTTPReward(PPORewardSettings(url=f"{address}/score", retries=0))
         assert reward.score(["p", "q"], ["x" * 80, ""]) == [0.0, -1.0]
-        server.shutdown()
     assert seen == [(["p", "q"], ["x" * 80, ""])]
     request, answer = map(json.loads, blocks("json"))
     assert request.keys() == {"version", "prompts", "completions"}

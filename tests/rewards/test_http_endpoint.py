@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from rlhf_cli.errors import DataError, Interrupted, UsageError
 from rlhf_cli.http_client.addresses import check_endpoint, retry_after
 from rlhf_cli.rewards.http_endpoint import HTTPReward
 from rlhf_cli.settings.rewards import PPORewardSettings
+from tests.loopback import serving
 from tests.stops import StopInSeconds
 
 TOKEN = "s3cret/token"  # with a character that some JSON writers escape
@@ -78,14 +79,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state = Server(f"http://127.0.0.1:{http.server_port}/score")
-    http.RequestHandlerClass = type("OneHandler", (Handler,), {"state": state, "lock": threading.Lock()})
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield state
-    http.shutdown()
-    http.server_close()
+    handler = type("OneHandler", (Handler,), {"lock": threading.Lock()})
+    with serving(handler) as address:
+        handler.state = Server(f"{address}/score")
+        yield handler.state
 
 
 @pytest.fixture

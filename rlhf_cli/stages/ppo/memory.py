@@ -6,8 +6,8 @@ import math
 from functools import partial
 
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.models.resources import (
-    FLOAT32,
     Extent,
     MemoryNeed,
     frozen_bytes,

@@ -62,16 +62,11 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         context: of the stage.
         generator: draws completions from the policy; None is that of `generation.engine`.
     """
-    import torch
-
     from rlhf_cli.distributed.process_group import ProcessGroup
-    from rlhf_cli.generation.decoding import check_decoding
     from rlhf_cli.generation.torch_generator import TorchGenerator
     from rlhf_cli.memory import free_memory
     from rlhf_cli.models.loading import load_tokenizer
-    from rlhf_cli.models.sharding import computing
     from rlhf_cli.stages.ppo.model_saving import STEPS, StepPolicies, sample_probe
-    from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.flops import device_peak
@@ -89,16 +84,10 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     data, skips = load_data(context, policy)
     warn_of_rounding(context, source)
     models, reward_model = _load_models(context, settings, source, sampling, is_sharded=is_sharded)
-    with models.reference() as model, policy.autocast(), torch.no_grad():
-        computing(model, lambda: check_decoding(model, source.path))
+    _check_reference(models, policy)
     _say_if_prompted_otherwise(reward_model, style)
     processes = ProcessGroup(source.device)
-    members = _further_members(context, source)
-    reward = build_rewards(
-        settings, reward_model, source, policy.format.template, members=members, stop=context.stop,
-        is_sharded=is_sharded,
-    )  # fmt: skip
-    say(f"ppo: the reward is {reward.described()}")
+    reward = _build_rewards(context, policy, reward_model, is_sharded=is_sharded)
     steps = StepPolicies(
         models, source, settings, context.work / STEPS, sampling, policy.stop_ids,
         lambda folder: _write_contract(context, folder, style, sampling, data),
@@ -186,10 +175,31 @@ def _write_contract(context: PPOContext, folder: Path, style: PromptStyle, sampl
     write_contract(of_folder, start, style, sampling.settings(), data.records, samples_in_training=True)
 
 
-def _further_members(context: PPOContext, source: ModelSource) -> list[Path]:
-    """Return the folders of the members of the reward model after the first."""
+def _check_reference(models: PPOModels, policy: Policy) -> None:
+    """Check that the model to start from can be sampled from and scored, see `check_decoding`."""
+    import torch
+
+    from rlhf_cli.generation.decoding import check_decoding
+    from rlhf_cli.models.sharding import computing
+
+    with models.reference() as model, policy.autocast(), torch.no_grad():
+        computing(model, lambda: check_decoding(model, policy.source.path))
+
+
+def _build_rewards(
+    context: PPOContext, policy: Policy, reward_model: RewardModelHandle | None, *, is_sharded: bool
+) -> CombinedReward:
+    """Return the reward of the recipe, with all members of an ensemble, and say what it is."""
+    from rlhf_cli.stages.ppo.rewards import build_rewards
+
     path = source_of(context.inputs.reward_model)
-    return [] if path is None else further_members(source.at(path).folder)
+    members = [] if path is None else further_members(policy.source.at(path).folder)
+    reward = build_rewards(
+        context.settings, reward_model, policy.source, policy.format.template, members=members, stop=context.stop,
+        is_sharded=is_sharded,
+    )  # fmt: skip
+    say(f"ppo: the reward is {reward.described()}")
+    return reward
 
 
 def _watched(context: PPOContext, reward: CombinedReward, data: PPOData) -> Rewards:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.prompts import prompt_style
-from rlhf_cli.models.resources import FLOAT32, ModelShape
+from rlhf_cli.models.model_shape import FLOAT32, ModelShape
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data

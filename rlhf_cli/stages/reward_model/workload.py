@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.generation.prompts import prompt_style
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import FLOAT32
+from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.stages.common import inherited_sampling, model_source
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model.stage import RewardModelContext

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.prompts import prompt_format, prompt_style
-from rlhf_cli.models.resources import FLOAT32
+from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.stages.common import model_source, split_from
 from rlhf_cli.stages.sft.run import HELD_OUT_MEASURED, base_model, fitting_examples
 from rlhf_cli.stages.sft.stage import SFTContext

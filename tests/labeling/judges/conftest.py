@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.label.judge import Judged, run_judges
+from tests.loopback import serving
 from tests.stages.context import stage_context
 
 _ANSWER = re.compile(r"\[BEGIN ANSWER (\w) (\w+)\]\n(.*?)\n\[END ANSWER \1 \2\]", re.DOTALL)
@@ -114,14 +115,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state = Endpoint(f"http://127.0.0.1:{http.server_port}/v1")
-    http.RequestHandlerClass = type("OneHandler", (Handler,), {"state": state, "lock": threading.Lock()})
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield state
-    http.shutdown()
-    http.server_close()
+    handler = type("OneHandler", (Handler,), {"lock": threading.Lock()})
+    with serving(handler) as address:
+        handler.state = Endpoint(f"{address}/v1")
+        yield handler.state
 
 
 @pytest.fixture

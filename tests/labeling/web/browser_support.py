@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.web.tokens import ServerLinks
+from tests.loopback import serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -166,12 +166,5 @@ def stranger(links: ServerLinks) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Site) as address:
+        yield f"{address}/"

@@ -1,13 +1,15 @@
-"""One browser for all tests of the pages."""
+"""One browser for all tests of the pages, and one server for requests without it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.labeling.web.browser_support import BROWSERS, PATH
+from tests.labeling.web.web_support import Client, make_store, numbered_items, served
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -25,3 +27,14 @@ def browser() -> Iterator[Browser]:
         started = driver.chromium.launch(executable_path=PATH, args=options)
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("trust") / "labels.sqlite", numbered_items(6))
+
+
+@pytest.fixture(scope="module")
+def client(store: Path) -> Iterator[Client]:
+    with served(store, ["Ada", "Ben"]) as links:
+        yield Client(links)

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from rlhf_cli.labeling.web.request_schema import MAX_BODY
-from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("trust") / "labels.sqlite", numbered_items(6))
-
-
-@pytest.fixture(scope="module")
-def client(store: Path) -> Iterator[Client]:
-    with served(store, ["Ada", "Ben"]) as links:
-        yield Client(links)
+from tests.labeling.web.web_support import Client, token_of, whole_answer
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,7 @@ from rlhf_cli.labeling.session.types import Annotator
 from rlhf_cli.labeling.web.serving import serve
 from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, claimed_annotator, read_secret, secret_path
 from rlhf_cli.web.security import RequestGuard, is_loopback
-from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("trust") / "labels.sqlite", numbered_items(6))
-
-
-@pytest.fixture(scope="module")
-def client(store: Path) -> Iterator[Client]:
-    with served(store, ["Ada", "Ben"]) as links:
-        yield Client(links)
-
+from tests.labeling.web.web_support import Client, token_of, whole_answer
 
 # Hosts, origins, sites
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import re
-import sys
 import time
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -23,30 +21,21 @@ from rlhf_cli.labeling.web.pages import ASSETS, PAGES
 from rlhf_cli.labeling.web.writer import Writer
 from tests.conftest import ROOT
 from tests.labeling.web.web_support import make_store, numbered_items
+from tests.scripts import load_script
 
 WHOLE = Entry(((0,), (1,), (2,), (3,)))
 
 
-def load_benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("label_server", ROOT / "benchmarks" / "label_server.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_nothing_acknowledged_is_lost_or_doubled_when_the_server_is_killed(tmp_path: Path) -> None:
-    result = load_benchmark().measure(tmp_path, clients=20, seconds=5.0, kills=1)
+    result = load_script(ROOT / "benchmarks" / "label_server.py").measure(tmp_path, clients=20, seconds=5.0, kills=1)
     assert (result["lost"], result["doubled"], result["damaged"]) == (0, 0, 0)
     assert result["acknowledged"] >= 40  # of 100, on a machine that does other things, too
     assert result["stored"] >= result["acknowledged"]
 
 
 def test_the_benchmark_notices_a_lost_and_a_doubled_label(tmp_path: Path) -> None:
-    benchmark = load_benchmark()
+    benchmark = load_script(ROOT / "benchmarks" / "label_server.py")
     store = make_store(tmp_path / "labels.sqlite", numbered_items(2))
     session = LabelSession(store)
     ada = session.annotator("Ada").id

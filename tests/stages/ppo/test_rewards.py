@@ -9,10 +9,9 @@ import math
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +22,7 @@ from rlhf_cli.cli import main
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.files import save_reward_model
 from rlhf_cli.models.reward_model.loading import load_reward_model, new_reward_model
+from tests.loopback import serving
 
 TEXTS = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
 
@@ -121,11 +121,9 @@ def endpoint() -> Iterator[Endpoint]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}/score"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(Handler) as address:
+        state.url = f"{address}/score"
         yield state
-        server.shutdown()
 
 
 def written(folder: Path, body: str) -> str:
