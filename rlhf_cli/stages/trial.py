@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -185,11 +186,11 @@ def _draw(model: PreTrainedModel, source: ModelSource, reading: Reading, samplin
     began = time.perf_counter()
     few = _timed(policy, prompts[: max(1, rows // _FEWER)], seconds * 0.3, lengths)  # also warms up
     many = _timed(policy, prompts[:rows], seconds * 0.7, lengths)
-    first, batch = many.first, 0
+    firsts = [many.first]
     while (left := seconds - (time.perf_counter() - began)) > 0:  # more completions, a more certain mean
-        batch += 1
-        again = _timed(policy, prompts[:rows], left, lengths, seed=batch * rows)
-        first = min(first, again.first)  # memory of this size is new in the first batch
+        again = _timed(policy, prompts[:rows], left, lengths, seed=len(firsts) * rows)
+        firsts.append(again.first)
+    first = statistics.median(firsts[1:] or firsts)  # memory of this size is new in the first batch
     row = 0.0 if many.rows == few.rows else max(0.0, (many.seconds - few.seconds) / (many.rows - few.rows))
     step = max(0.0, many.seconds - row * many.rows)
     mean = lengths.remaining() if lengths.ends else float(sampling.max_new_tokens)
