@@ -117,6 +117,7 @@ class TrainingLoop:
         self._stop, self._processes = DistributedStop(stop, processes), processes
         self._shows_samples, self._make_log = shows_samples, log
         self._logger = RunLogger(None, after_step=0)
+        self._is_cut_short = False
 
     def run(self) -> LoopState:
         """Run all steps, from the newest whole checkpoint if there is one; the task then has its final weights.
@@ -159,6 +160,8 @@ class TrainingLoop:
         step = resumed or 0
         if self._task.halt is not None:
             raise self._task.halt
+        if self._is_cut_short:
+            self._end_at(step)
         while step < self._steps and not self._task.has_ended:
             watch.begin_step(self._steps - step)
             try:
@@ -179,6 +182,15 @@ class TrainingLoop:
                 self._stop.check()
             if halt is not None:
                 raise halt
+
+    def _end_at(self, step: int) -> None:
+        """Make a step the last one that was not when it was taken: the number of steps was lowered to those done."""
+        if not self.state.sound_steps:
+            raise DivergedError("nothing was learned in any step", hint=self._hint)
+        if added := self._task.after_last_step(step, self._logger, self.watch):
+            self._logger.amend(step, added)
+        self._save(step)
+        self.watch.end_step()
 
     def _step(self, step: int) -> StepReport:
         """Run a step. Where it loses the server that samples, nothing of it was trained: the steps before are saved."""
@@ -228,6 +240,7 @@ class TrainingLoop:
             "task": task.extra_state(),
             "random": random_states(processes),
             "log": self._logger.position(),
+            "steps": self._steps,
         }
         with self.watch.phase("checkpoint", "saving"):
             save_checkpoint(
@@ -248,6 +261,7 @@ class TrainingLoop:
             self._open_log(-1, None)  # drop all that an earlier attempt wrote
             return None
         self._restore(checkpoint)
+        self._is_cut_short = checkpoint.step == self._steps < checkpoint.state.get("steps", self._steps)
         if checkpoint.step:
             progress.say(f"{self._label}: resuming from step {checkpoint.step:,} of {self._steps:,}")
         return checkpoint.step

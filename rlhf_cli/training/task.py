@@ -102,3 +102,9 @@ class TrainingTask(ABC):
         """Called with the number of steps done, before the report is logged and saved. May add metrics to it, and may
         raise `DivergedError`.
         """
+
+    def after_last_step(self, step: int, log: RunLogger, watch: StepWatch) -> dict[str, float]:
+        """Do what follows the last of all steps where `step`, which was not the last when it was taken, has become it.
+        Return metrics to add to those of the step.
+        """
+        return {}

@@ -299,6 +299,12 @@ class PPOTrainer(TrainingTask):
                     self._save_policy(step)
                 self._processes.barrier()
 
+    def after_last_step(self, step: int, log: RunLogger, watch: StepWatch) -> dict[str, float]:
+        """Evaluate and show, unless that was due after the step anyway."""
+        metrics: dict[str, float] = {}
+        self._evaluate(step, metrics, log, watch, is_late=True)
+        return metrics
+
     def _detect(self, metrics: dict[str, float], log: RunLogger) -> None:
         """Let the detectors look at the step; a step whose rewards are not finite is not looked at."""
         if self._seen is None:
@@ -321,14 +327,26 @@ class PPOTrainer(TrainingTask):
         """See `TrainingTask`."""
         return stop_error(self._detectors, self.state, self.settings, self._work)
 
-    def _evaluate(self, step: int, metrics: dict[str, float], log: RunLogger, watch: StepWatch) -> None:
-        """Evaluate and show what is due after `step` steps; evaluation metrics are added to `metrics`."""
+    def _evaluate(
+        self, step: int, metrics: dict[str, float], log: RunLogger, watch: StepWatch, *, is_late: bool = False
+    ) -> None:
+        """Evaluate and show what is due after `step` steps; evaluation metrics are added to `metrics`.
+
+        `is_late`: the step became the last one after it was taken, so that what is due anyway has been done.
+        """
         settings, evaluation = self.settings, self._evaluation
         if evaluation is None:
             return
         is_last = step == settings.steps or self.has_ended
-        if settings.eval_steps is not None and (step % settings.eval_steps == 0 or is_last):
+
+        def is_due(every: int | None) -> bool:
+            if every is None:
+                return False
+            is_regular = step % every == 0
+            return not is_regular if is_late else is_regular or is_last
+
+        if is_due(settings.eval_steps):
             metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, watch=watch)
             self.state.best = self._best.after(step, metrics, self.state.best)
-        if settings.show_steps is not None and (step % settings.show_steps == 0 or is_last):
+        if is_due(settings.show_steps):
             log.show(step, evaluation.fixed(watch))
