@@ -37,11 +37,14 @@ from rlhf_cli.training.checkpoint.store import (
 from rlhf_cli.training.distributed import DistributedStop
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.run_logger import ENDED, RunLogger
-from rlhf_cli.training.monitoring.timing_log import timing_row
+from rlhf_cli.training.monitoring.step_lines import read_rows
+from rlhf_cli.training.monitoring.timing_log import TIMING, timing_row
 from rlhf_cli.training.random_state import random_states, restore_random_states, seed_everything
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepWatch
 
+_RECALLED = 5
+"""Steps of an earlier attempt, the last ones, whose times tell how long a step takes."""
 BAD_STEPS_IN_A_ROW = 3
 """Training has diverged after this many consecutive steps with a skipped optimizer step."""
 
@@ -109,7 +112,7 @@ class TrainingLoop:
         peak: float | None = None,
     ) -> None:
         self.state = LoopState()
-        self.watch = watch or StepWatch(guess=task.phases)
+        self.watch = watch or StepWatch(guess=task.phases, alike=task.alike)
         self._peak = None if peak is None else peak * processes.count
         self._task, self._label, self._steps = task, label, steps
         self._checkpoint_steps, self._keep_checkpoints = checkpoint_steps, keep_checkpoints
@@ -157,6 +160,9 @@ class TrainingLoop:
             self._task.before_first_step(self._logger, watch)
             self._save(0)  # what a divergence in the first steps rolls back to
             self._logger.time(0, timing_row(watch.end_step()))
+        elif self._processes.is_main:
+            earlier = [row for row in read_rows(self._work / TIMING) if 0 < row["step"] <= resumed]
+            watch.recall([row for row in earlier if "time/step" in row][-_RECALLED:])
         step = resumed or 0
         if self._task.halt is not None:
             raise self._task.halt

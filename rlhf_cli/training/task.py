@@ -50,10 +50,12 @@ class TrainingTask(ABC):
     Attributes:
         optimizer: its state is saved and restored.
         phases: phases of a step in their order -> a guess of their relative durations.
+        alike: phases among them that do the same kind of work.
     """
 
     optimizer: torch.optim.Optimizer
     phases: Mapping[str, float] = {"update": 1.0}
+    alike: Collection[str] = ()
 
     @abstractmethod
     def scale_learning_rates(self, factor: float) -> None:
