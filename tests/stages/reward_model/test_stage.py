@@ -137,6 +137,13 @@ def test_rankings_are_scored_once_if_accuracy_and_normalization_are_about_the_sa
     assert [text.count("normalizing rewards: done") for text in said] == [int(count == 110), 1]
 
 
+def test_writing_a_reward_model_shows_how_far_it_is(tiny_llama, tmp_path, capsys):
+    train_rm.run(context_of(tmp_path, tiny_llama, write_rankings(tmp_path / "r.jsonl"), normalize=False, epochs=1.0))
+    said = capsys.readouterr().err
+    assert "writing the reward model and comparing it: 17 parts" in said
+    assert "writing the reward model and comparing it: done in " in said
+
+
 def test_imported_labels_are_normalized_over_new_completions_of_the_base(tiny_llama, tmp_path, capsys):
     outcome = train_rm.run(context_of(tmp_path, tiny_llama, write_rankings(tmp_path / "r.jsonl"), epochs=1.0))
     assert "new completions of the SFT model" in capsys.readouterr().err
