@@ -209,7 +209,7 @@ def outcome_of(case: Case, root: Path) -> tuple[str, str]:
 
 def _run(case: Case, root: Path, run_dir: Path, *, dry: bool) -> None:
     from rlhf_cli.pipeline import runner
-    from rlhf_cli.pipeline.planner import Selection
+    from rlhf_cli.pipeline.selection import Selection
     from rlhf_cli.recipe.loader import load_recipe
 
     settings = ["model.precision=float32", "model.attention=sdpa"]

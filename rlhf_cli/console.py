@@ -75,12 +75,13 @@ def spinner(text: str) -> Iterator[None]:
 
     What is typed meanwhile is not shown, which would break its line, and is read by the next question.
     """
-    with _without_echo(), console.status(text, refresh_per_second=4):
+    with without_echo(), console.status(text, refresh_per_second=4):
         yield
 
 
 @contextmanager
-def _without_echo() -> Iterator[None]:
+def without_echo() -> Iterator[None]:
+    """Do not show what is typed, which would be mixed into what is drawn; the next question reads it."""
     if termios is None or not sys.stdin.isatty():
         yield
         return

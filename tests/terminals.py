@@ -20,12 +20,14 @@ from tests.preloaded import RLHF
 class Terminal:
     """The command in a pseudo-terminal; `text` is what it wrote, without control sequences, and `raw` with them."""
 
-    def __init__(self, width: int, *arguments: str, height: int = 30, cwd: Path | None = None) -> None:
+    def __init__(
+        self, width: int, *arguments: str, height: int = 30, cwd: Path | None = None, program: str = RLHF
+    ) -> None:
         self.master, slave = pty.openpty()
         ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "CI")}
         self.process = subprocess.Popen(
-            [RLHF, *arguments],
+            [program, *arguments],
             cwd=cwd,
             stdin=slave,
             stdout=slave,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rlhf_cli.chat.conversation import Conversation, Reply
 from rlhf_cli.chat.display import Display
 from rlhf_cli.chat.files import ChatFiles
+from rlhf_cli.console import without_echo
 from rlhf_cli.errors import DataError, RLHFError
 from rlhf_cli.quoting import word
 
@@ -61,8 +62,9 @@ class Chat:
                 self._say("\nCtrl-D or /quit leaves")
                 continue
             try:
-                if not self._obey(line):
-                    return
+                with without_echo():
+                    if not self._obey(line):
+                        return
             except KeyboardInterrupt:
                 self._say("stopped")
             except RLHFError as error:

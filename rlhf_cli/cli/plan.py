@@ -65,7 +65,7 @@ def plan(
     """
     from rlhf_cli.cli.plan_report import plan_json, show_plan
     from rlhf_cli.pipeline.plan import plan_run
-    from rlhf_cli.pipeline.planner import Selection
+    from rlhf_cli.pipeline.selection import Selection
     from rlhf_cli.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, settings or [])

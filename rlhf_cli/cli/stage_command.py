@@ -90,7 +90,7 @@ def run_stages(
     from rlhf_cli.distributed import launcher
     from rlhf_cli.distributed.ranks import is_main
     from rlhf_cli.pipeline import runner
-    from rlhf_cli.pipeline.planner import Selection
+    from rlhf_cli.pipeline.selection import Selection
     from rlhf_cli.run_log import LOG, stay_open
 
     launcher.check_options(given["processes"], given["accelerate_config"])

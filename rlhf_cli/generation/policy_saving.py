@@ -30,6 +30,7 @@ from rlhf_cli.models.sharded_saving import ShardedWeights
 from rlhf_cli.models.sharding import computing, is_sharded
 from rlhf_cli.models.split_weights import copy_weights, join_weights
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
+from rlhf_cli.progress import Task, task
 from rlhf_cli.settings.shared import LoraSettings
 
 PROBE_SIZE = 8
@@ -97,12 +98,31 @@ def save_policy(
         DiskError: the disk is full or cannot be written.
         ModelError: the written policy is not the trained one.
     """
-    if is_sharded(model):
-        sharded = _ShardedPolicy(model, tokenizer, folder, source, adapter, depth)
-        return sharded.save(probe, generation, keeps=keeps)
+    label = "writing the policy and comparing it"
+    if not is_sharded(model):
+        with task(label, 2 * len(probe) + 1, "parts", saves=False) as bar:
+            return _saved(model, tokenizer, folder, source, probe, adapter, generation, depth, bar)
+    with task(label, 1, "parts", saves=False) as bar:
+        kl = _ShardedPolicy(model, tokenizer, folder, source, adapter, depth).save(probe, generation, keeps=keeps)
+        bar.advance()
+    return kl
+
+
+def _saved(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    source: ModelSource,
+    probe: Sequence[Example],
+    adapter: TrainedAdapter | None,
+    generation: GenerationConfig | None,
+    depth: int,
+    bar: Task,
+) -> float:
+    """Write a policy that is not sharded; see `save_policy`. The bar counts probes and writing."""
     on_cpu = source.on_cpu()
     model, base_dtype, quantize = _in_memory(model, source, on_cpu, adapter)
-    trained = completion_logits(model, probe)
+    trained = completion_logits(model, probe, bar)
     in_memory = None if adapter is None else AdapterInMemory.of(model, adapter.name)
     if adapter is not None:
         base = _adapter_base(source, adapter, folder, depth, base_dtype, quantize)
@@ -110,9 +130,10 @@ def save_policy(
             save_policy_adapter(model, folder, adapter.name, base, base_folder=source.folder)
         merge_lora(model, adapter.name)
     save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
+    bar.advance()
     model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     written = _read_back(folder, source, tokenizer, in_memory)
-    kl = mean_kl(trained, completion_logits(written, probe))
+    kl = mean_kl(trained, completion_logits(written, probe, bar))
     _check_kl(kl, folder)
     return kl
 
@@ -234,8 +255,13 @@ def _without_prompt(example: Example) -> Example:
 
 
 @torch.no_grad()
-def completion_logits(model: PreTrainedModel, probe: Sequence[Example]) -> list[Tensor]:
+def completion_logits(model: PreTrainedModel, probe: Sequence[Example], bar: Task | None = None) -> list[Tensor]:
     """Cast a model to float32 in place and return the logits that predict each completion token.
+
+    Args:
+        model: a policy.
+        probe: sequences.
+        bar: counts them.
 
     Returns:
         One tensor (T, V) per example.
@@ -252,6 +278,8 @@ def completion_logits(model: PreTrainedModel, probe: Sequence[Example]) -> list[
     for example in probe:
         beat()
         found.append(computing(model, partial(logits, example)))
+        if bar is not None:
+            bar.advance()
     return found
 
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from rlhf_cli.distributed.process_group import ProcessGroup, join
+from rlhf_cli.distributed.ranks import rank
 from rlhf_cli.distributed.watchdog import waiting
 
 Result = TypeVar("Result")
@@ -174,6 +176,7 @@ def computing(model: nn.Module, function: Callable[[], Result]) -> Result:
         return function()
     compute = getattr(model, _COMPUTE)
     result, owner = compute(function), compute.__self__
+    _Passes.made += 1
     if not torch.is_grad_enabled() and not is_gathered(owner):
         owner.reshard()  # no backward pass does it
     return result
@@ -203,11 +206,45 @@ def gathered(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def equal_passes(
-    model: nn.Module, own: Sequence[Part], filler: Part, processes: ProcessGroup
-) -> Iterator[tuple[Part, float]]:
-    """Yield this process's parts of a work with weight 1, and then `filler` with weight 0 until every process has made
-    as many passes; a model that is not sharded needs no fillers.
+class _Passes:
+    """Passes of sharded models that this process has made."""
+
+    made = 0
+
+
+@dataclass(frozen=True)
+class EqualPasses(Generic[Part]):
+    """Parts of a work with their weights, of which every process passes over as many; see `equal_passes`.
+
+    Attributes:
+        parts: (part, weight); of sharded models a pass must be made over each, before the next is asked for.
+        count: number of parts that the processes agreed on; None if the model is not sharded.
+    """
+
+    parts: Sequence[tuple[Part, float]]
+    count: int | None
+
+    def __iter__(self) -> Iterator[tuple[Part, float]]:
+        """Yield the parts.
+
+        Raises:
+            RuntimeError: this process passed over fewer parts than the others, which would wait for it forever.
+        """
+        passed = 0
+        for part, weight in self.parts:
+            before = _Passes.made
+            yield part, weight
+            passed += _Passes.made > before
+        if self.count is not None and passed < self.count:
+            raise RuntimeError(
+                f"process {rank()} passed over {passed} parts of a sharded model's work, and the others over "
+                f"{self.count}: they would wait for it"
+            )
+
+
+def equal_passes(model: nn.Module, own: Sequence[Part], filler: Part, processes: ProcessGroup) -> EqualPasses[Part]:
+    """Return this process's parts of a work with weight 1, and then `filler` with weight 0 until every process has as
+    many; a model that is not sharded needs no fillers. Every process calls this, before its first pass.
 
     Args:
         model: that passes over the parts.
@@ -215,11 +252,9 @@ def equal_passes(
         filler: work for a process without; its loss is multiplied by 0.
         processes: the processes of the run.
     """
-    most = max(processes.all_gather_object(len(own))) if is_sharded(model) else 0  # before the first pass
-    for part in own:
-        yield part, 1.0
-    for _ in range(most - len(own)):
-        yield filler, 0.0
+    count = max(processes.all_gather_object(len(own))) if is_sharded(model) else None
+    fillers = [(filler, 0.0)] * ((count or 0) - len(own))
+    return EqualPasses([*((part, 1.0) for part in own), *fillers], count)
 
 
 def sharding_of(model: nn.Module) -> dict[str, Any]:

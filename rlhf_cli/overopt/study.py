@@ -28,7 +28,7 @@ from rlhf_cli.overopt.recipes import Proxy, Recipes, proxies
 from rlhf_cli.overopt.results import Optimized, Result
 from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.paths import resolve_paths
-from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe

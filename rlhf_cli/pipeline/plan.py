@@ -27,10 +27,11 @@ from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.plan_advice import Advice, advise
 from rlhf_cli.pipeline.plan_target import Target
-from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
+from rlhf_cli.pipeline.planner import Planner, Step
 from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.runner import check_steps, limit_threads, not_cached
+from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext

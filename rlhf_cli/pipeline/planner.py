@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +12,13 @@ from rlhf_cli.pipeline.fingerprint import PENDING, Digests, differences, fingerp
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest
 from rlhf_cli.pipeline.paths import check_models
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Stage
 from rlhf_cli.stages.inputs import InputFinder, StageInputs
+from rlhf_cli.training.checkpoint.names import steps_done
 
 _SHOWN_DIFFERENCES = 5
 
@@ -48,57 +49,6 @@ class Step:
     def is_pending(self) -> bool:
         """Whether an earlier stage must run before the action is final."""
         return PENDING in self.identity["inputs"].values()
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The stages that the command line selects.
-
-    Attributes:
-        first: `--from`; None is the first stage of the recipe.
-        last: `--to`; None is the last stage of the recipe.
-        force: `--force`: stages that run again even if they are finished.
-        names_stages: whether `--force` takes the name of a stage, as in `rlhf run`, for messages.
-        keeps_finished: whether a finished artifact that other settings or inputs made is refused, not replaced:
-            nobody named the run directory, so that it may hold the result of something else.
-    """
-
-    first: str | None = None
-    last: str | None = None
-    force: frozenset[str] = field(default_factory=frozenset)
-    names_stages: bool = True
-    keeps_finished: bool = False
-
-
-def select(recipe: Recipe, selection: Selection) -> list[Stage]:
-    """Return the selected stages in order; raises `UsageError` for names that do not fit the recipe."""
-    present = [stage for stage in registry.stages() if recipe.section(stage.name) is not None]
-    names = [stage.name for stage in present]
-    if not present:
-        sections = ", ".join(stage.section for stage in registry.stages())
-        raise UsageError("the recipe has no stage to run", hint=f"add a section: {sections}")
-    asked = [("--from", selection.first), ("--to", selection.last), *(("--force", f) for f in selection.force)]
-    for option, name in asked:
-        if name is not None:
-            _check_name(option, name, names)
-    begin = names.index(selection.first) if selection.first else 0
-    end = names.index(selection.last) + 1 if selection.last else len(names)
-    if begin >= end:
-        raise UsageError(f"`--from {selection.first}` comes after `--to {selection.last}`")
-    chosen = present[begin:end]
-    for name in sorted(selection.force - {stage.name for stage in chosen}):
-        raise UsageError(f"`--force {name}` is outside the stages selected by --from and --to")
-    return chosen
-
-
-def _check_name(option: str, name: str, names: list[str]) -> None:
-    if name in names:
-        return
-    if name in registry.REGISTRY:
-        raise UsageError(f"`{option} {name}`: the recipe has no such stage", hint=f"its stages are {', '.join(names)}")
-    close = get_close_matches(name.lower().replace("_", "-"), registry.REGISTRY, n=1)
-    meant = f", did you mean `{close[0]}`?" if close else ""
-    raise UsageError(f"`{option} {name}`: no such stage{meant}", hint=f"the stages are {', '.join(registry.REGISTRY)}")
 
 
 @dataclass(frozen=True)
@@ -256,12 +206,12 @@ class Planner:
         began = self._run.began(stage.name)
         if began is not None:
             what = recall_commits(what, began)
-            if self._has_more_steps(stage, began, what, inputs) and self._fixed_steps(stage) is None:
-                return Step(stage, "resume", _listed(differences(began, what, inputs)), inputs, what)
+            if self._change_of_steps(stage, began, what, inputs):
+                return self._with_other_steps(stage, inputs, began, what, pending)
             refusal = self._change_refusal(stage, inputs, began, what, pending, changed)
             return Step(stage, "resume", "it has not finished", inputs, what, refusal=refusal)
         finished = self._finished_identity(stage)
-        if finished is not None and self._has_more_steps(stage, finished, what, inputs):
+        if finished is not None and self._change_of_steps(stage, finished, what, inputs) > 0:
             why_not = self._fixed_steps(stage)
             if why_not is None and not self._run.can_continue(stage.name, finished):
                 why_not = "its last checkpoint was not kept"
@@ -270,15 +220,33 @@ class Planner:
             reason = f"{reason}; from the first step, because {why_not}"
         return Step(stage, "run", reason, inputs, what)
 
-    def _has_more_steps(self, stage: Stage, earlier: Identity, what: Identity, inputs: StageInputs) -> bool:
-        """Whether the only change is a raised number of steps."""
+    def _change_of_steps(self, stage: Stage, earlier: Identity, what: Identity, inputs: StageInputs) -> float:
+        """Return by how much the number of steps changed, if nothing else did; else 0."""
         name = stage.steps_setting
         if name is None or PENDING in what["inputs"].values() or name not in earlier["settings"]:
-            return False
-        if what["settings"][name] <= earlier["settings"][name]:
-            return False
-        as_before = {**what, "settings": {**what["settings"], name: earlier["settings"][name]}}
-        return not differences(earlier, as_before, inputs)
+            return 0
+        before, now = earlier["settings"][name], what["settings"][name]
+        as_before = {**what, "settings": {**what["settings"], name: before}}
+        return 0 if differences(earlier, as_before, inputs) else now - before
+
+    def _with_other_steps(
+        self, stage: Stage, inputs: StageInputs, began: Identity, what: Identity, pending: frozenset[str]
+    ) -> Step:
+        """Plan an unfinished stage of which only the number of steps changed."""
+        name, why_not = stage.steps_setting or "", self._fixed_steps(stage)
+        reason, refusal = _listed(differences(began, what, inputs)), None
+        if why_not is not None:
+            refusal = self._refusal(
+                stage, pending, f"that was started differently: {reason}; {why_not}", "undo the change to resume"
+            )
+        else:
+            done, steps = steps_done(self._run.work(stage.name)), what["settings"][name]
+            if done > steps:
+                what_is = f"with {done:,} step{'' if done == 1 else 's'} done: {reason}"
+                refusal = self._refusal(stage, pending, what_is, f"finish with those by `--set {name}={done}`")
+            elif done == steps:
+                reason += "; all of them are done, so that it finishes with what it has"
+        return Step(stage, "resume", reason, inputs, what, refusal=refusal)
 
     def _fixed_steps(self, stage: Stage) -> str | None:
         return stage.fixed_steps(self._recipe.section(stage.name))
@@ -319,10 +287,23 @@ class Planner:
         if not began["settings"]:
             file = self._run.began_file(stage.name)
             found = [f"{file}, which records its settings, is missing or damaged"]
+        return self._refusal(
+            stage, pending, f"that was started differently: {_listed(found)}", "undo the change to resume"
+        )
+
+    def _refusal(self, stage: Stage, pending: frozenset[str], what: str, how: str) -> ChangedInputsError:
+        """Return why an unfinished stage is not resumed.
+
+        Args:
+            stage: the stage.
+            pending: names of stages that run before it.
+            what: what is wrong with it, after its name.
+            how: how to keep its work.
+        """
         force = f"--force {stage.name}" if self._names_stages else "--force"
         return ChangedInputsError(
-            f"{self._run.path} has an unfinished `{stage.name}` that was started differently: {_listed(found)}",
-            hint=f"undo the change to resume, or discard the unfinished work with `{force}`"
+            f"{self._run.path} has an unfinished `{stage.name}` {what}",
+            hint=f"{how}, or discard the unfinished work with `{force}`"
             + self._also_runs(stage, pending)
             + ("; human labels and paid verdicts are kept" if stage.name == "label" else ""),
         )

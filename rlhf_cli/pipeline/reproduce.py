@@ -10,9 +10,9 @@ from pathlib import Path
 from rlhf_cli.errors import DataError, RLHFError, UsageError
 from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Manifest, versions
-from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.pipeline.record import RECIPE, recipe_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.progress import say, warn
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.loader import load_recipe

@@ -24,10 +24,11 @@ from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_b
 from rlhf_cli.pipeline.fingerprint import fingerprint
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
 from rlhf_cli.pipeline.paths import resolve_paths
-from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
+from rlhf_cli.pipeline.planner import Planner, Step
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.record import Record, command_line
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.pipeline.stage_run import manifest_settings, run_stage, stage_context
 from rlhf_cli.progress import begin_stage, recorded, say, warn, what_is_saved
 from rlhf_cli.recipe.loader import LoadedRecipe

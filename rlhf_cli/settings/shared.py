@@ -251,6 +251,13 @@ def default_rate(adapter: Adapter, *, lora: float, full: float) -> float:
     return lora if adapter == "lora" else full
 
 
+def rates_depend_on_steps(schedule: str, warmup_share: float) -> str | None:
+    """Return the setting, as a recipe has it, by which learning rates depend on the number of steps; None if none."""
+    if schedule != "constant":
+        return f"schedule: {schedule}"
+    return f"warmup_share: {warmup_share:g}" if warmup_share else None
+
+
 class TrainingSettings(StageSection):
     """Optimization settings of the supervised training stages."""
 
@@ -283,6 +290,13 @@ class TrainingSettings(StageSection):
     @abstractmethod
     def peak_rate(self) -> float:
         """`learning_rate`, or what null stands for."""
+
+    def fixed_steps(self, section: str) -> str:
+        """Return why a training that has begun does not continue with other `epochs`."""
+        by = rates_depend_on_steps(self.schedule, self.warmup_share)
+        if by is not None:
+            return f"with `{section}.{by}` the learning rates of all steps depend on `{section}.epochs`"
+        return f"`{section}.epochs` decides which records are in the last step"
 
 
 class SamplingSettings(Section):

@@ -196,8 +196,9 @@ class Stage(Generic[S, I]):
         accept: (settings, metrics, folder of the artifact) -> None; raises `RequirementError` if the recipe requires
             more of the finished artifact, and then no later stage runs. What it reads of the settings is effort only.
         keeps_earlier: an artifact that is replaced by one with other settings or inputs moves to `KEPT`.
-        steps_setting: dotted setting; if it alone is raised, the finished stage continues from its last checkpoint.
-        fixed_steps: (settings) -> why a raised `steps_setting` would change the steps already done; None if it would
+        steps_setting: dotted setting of the number of steps; if it alone changes, the stage continues with the new
+            number: an unfinished one that has not done more, and a finished one if it is raised.
+        fixed_steps: (settings) -> why another `steps_setting` would change the steps already done; None if it would
             not.
     """
 
@@ -220,7 +221,7 @@ class Stage(Generic[S, I]):
     fixed_steps: Callable[[S], str | None] = no_reason
 
     def continues(self, settings: S) -> bool:
-        """Whether the finished stage continues if its number of steps is raised."""
+        """Whether the stage continues with another number of steps."""
         return self.steps_setting is not None and self.fixed_steps(settings) is None
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf_cli.errors import DiskError, UsageError
 from rlhf_cli.files import write_whole
 from rlhf_cli.pipeline import runner
-from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.progress import say
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.editor_schema import FILE_NAME, schema_line, write_schema

@@ -37,11 +37,14 @@ from rlhf_cli.training.checkpoint.store import (
 from rlhf_cli.training.distributed import DistributedStop
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.run_logger import ENDED, RunLogger
-from rlhf_cli.training.monitoring.timing_log import timing_row
+from rlhf_cli.training.monitoring.step_lines import read_rows
+from rlhf_cli.training.monitoring.timing_log import TIMING, timing_row
 from rlhf_cli.training.random_state import random_states, restore_random_states, seed_everything
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepWatch
 
+_RECALLED = 5
+"""Steps of an earlier attempt, the last ones, whose times tell how long a step takes."""
 BAD_STEPS_IN_A_ROW = 3
 """Training has diverged after this many consecutive steps with a skipped optimizer step."""
 
@@ -109,7 +112,7 @@ class TrainingLoop:
         peak: float | None = None,
     ) -> None:
         self.state = LoopState()
-        self.watch = watch or StepWatch(guess=task.phases)
+        self.watch = watch or StepWatch(guess=task.phases, alike=task.alike)
         self._peak = None if peak is None else peak * processes.count
         self._task, self._label, self._steps = task, label, steps
         self._checkpoint_steps, self._keep_checkpoints = checkpoint_steps, keep_checkpoints
@@ -117,6 +120,7 @@ class TrainingLoop:
         self._stop, self._processes = DistributedStop(stop, processes), processes
         self._shows_samples, self._make_log = shows_samples, log
         self._logger = RunLogger(None, after_step=0)
+        self._is_cut_short = False
 
     def run(self) -> LoopState:
         """Run all steps, from the newest whole checkpoint if there is one; the task then has its final weights.
@@ -156,9 +160,14 @@ class TrainingLoop:
             self._task.before_first_step(self._logger, watch)
             self._save(0)  # what a divergence in the first steps rolls back to
             self._logger.time(0, timing_row(watch.end_step()))
+        elif self._processes.is_main:
+            earlier = [row for row in read_rows(self._work / TIMING) if 0 < row["step"] <= resumed]
+            watch.recall([row for row in earlier if "time/step" in row][-_RECALLED:])
         step = resumed or 0
         if self._task.halt is not None:
             raise self._task.halt
+        if self._is_cut_short:
+            self._end_at(step)
         while step < self._steps and not self._task.has_ended:
             watch.begin_step(self._steps - step)
             try:
@@ -179,6 +188,15 @@ class TrainingLoop:
                 self._stop.check()
             if halt is not None:
                 raise halt
+
+    def _end_at(self, step: int) -> None:
+        """Make a step the last one that was not when it was taken: the number of steps was lowered to those done."""
+        if not self.state.sound_steps:
+            raise DivergedError("nothing was learned in any step", hint=self._hint)
+        if added := self._task.after_last_step(step, self._logger, self.watch):
+            self._logger.amend(step, added)
+        self._save(step)
+        self.watch.end_step()
 
     def _step(self, step: int) -> StepReport:
         """Run a step. Where it loses the server that samples, nothing of it was trained: the steps before are saved."""
@@ -228,6 +246,7 @@ class TrainingLoop:
             "task": task.extra_state(),
             "random": random_states(processes),
             "log": self._logger.position(),
+            "steps": self._steps,
         }
         with self.watch.phase("checkpoint", "saving"):
             save_checkpoint(
@@ -248,6 +267,7 @@ class TrainingLoop:
             self._open_log(-1, None)  # drop all that an earlier attempt wrote
             return None
         self._restore(checkpoint)
+        self._is_cut_short = checkpoint.step == self._steps < checkpoint.state.get("steps", self._steps)
         if checkpoint.step:
             progress.say(f"{self._label}: resuming from step {checkpoint.step:,} of {self._steps:,}")
         return checkpoint.step

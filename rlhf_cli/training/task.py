@@ -50,10 +50,12 @@ class TrainingTask(ABC):
     Attributes:
         optimizer: its state is saved and restored.
         phases: phases of a step in their order -> a guess of their relative durations.
+        alike: phases among them that do the same kind of work.
     """
 
     optimizer: torch.optim.Optimizer
     phases: Mapping[str, float] = {"update": 1.0}
+    alike: Collection[str] = ()
 
     @abstractmethod
     def scale_learning_rates(self, factor: float) -> None:
@@ -102,3 +104,9 @@ class TrainingTask(ABC):
         """Called with the number of steps done, before the report is logged and saved. May add metrics to it, and may
         raise `DivergedError`.
         """
+
+    def after_last_step(self, step: int, log: RunLogger, watch: StepWatch) -> dict[str, float]:
+        """Do what follows the last of all steps where `step`, which was not the last when it was taken, has become it.
+        Return metrics to add to those of the step.
+        """
+        return {}

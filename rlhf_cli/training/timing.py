@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rlhf_cli.durations import format_clock
@@ -29,17 +30,19 @@ class StepEstimate:
     """Estimates how long a step and a whole training still take, from the phases of a step.
 
     A phase is expected to take its mean over the steps so far. In the first step, the fraction that is done of the
-    running phase gives its whole duration, and phases to come are in proportion to a guess.
+    running phase gives its whole duration, and phases to come are in proportion to a guess: to phases that do the same
+    kind of work where one is known, else to all.
 
     Args:
         guess: phases of a step in their order -> relative durations.
+        alike: phases that do the same kind of work.
     """
 
-    def __init__(self, guess: Mapping[str, float]) -> None:
-        self._guess = dict(guess)
+    def __init__(self, guess: Mapping[str, float], alike: Collection[str] = ()) -> None:
+        self._guess, self._alike = dict(guess), frozenset(alike)
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._counts: defaultdict[str, int] = defaultdict(int)
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._is_recalled = 0, 0.0, False
         self._began: float | None = None
         self._done: dict[str, float] = {}
         self._phase: str | None = None
@@ -47,13 +50,26 @@ class StepEstimate:
 
     @property
     def is_guess(self) -> bool:
-        """Whether no step has ended yet."""
-        return self._steps == 0
+        """Whether no step has ended in this attempt yet."""
+        return self._steps == int(self._is_recalled)
 
     @property
     def mean_seconds(self) -> float:
         """Mean duration of the steps so far, evaluations and checkpoints included."""
         return self._seconds / max(self._steps, 1)
+
+    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Count the mean of steps of an earlier attempt, as `timing.jsonl` has them, as one step.
+
+        One only: this attempt may run on another machine.
+        """
+        whole = [row["time/step"] for row in rows]
+        if not whole:
+            return
+        self._steps, self._seconds, self._is_recalled = 1, fmean(whole), True
+        for phase in self._guess:
+            self._counts[phase] = 1
+            self._sums[phase] = fmean(row.get(f"time/{phase}", 0.0) for row in rows)
 
     def begin_step(self, now: float) -> None:
         """A step begins."""
@@ -94,17 +110,18 @@ class StepEstimate:
             left = (1.0 - self._fraction) * here if self._fraction else max(here - elapsed, 0.0)
             return left + sum(mean[name] for name in later)
         known = {name: seconds for name, seconds in self._done.items() if self._guess.get(name)}
-        left = 0.0
         if self._fraction:
             known[self._phase] = elapsed / self._fraction
-            left = known[self._phase] - elapsed
-        weight = sum(self._guess[name] for name in known)
-        if not weight:
+        if not known:
             return None
-        per_weight = sum(known.values()) / weight
-        if not self._fraction:
-            left = max(self._guess[self._phase] * per_weight - elapsed, 0.0)
-        return left + sum(self._guess[name] for name in later) * per_weight
+        here = known[self._phase] if self._fraction else self._guessed(self._phase, known)
+        return max(here - elapsed, 0.0) + sum(self._guessed(name, known) for name in later)
+
+    def _guessed(self, phase: str, known: Mapping[str, float]) -> float:
+        """Return the duration of a phase in proportion to phases whose durations are known."""
+        alike = [name for name in known if {name, phase} <= self._alike] or list(known)
+        per_weight = sum(known[name] for name in alike) / sum(self._guess[name] for name in alike)
+        return self._guess[phase] * per_weight
 
     def fraction(self, now: float) -> float:
         """Return how much of the running step is done."""
@@ -161,12 +178,17 @@ class StepWatch:
 
     Args:
         device: of the models; CUDA devices are waited for at the end of a phase.
-        guess: see `StepEstimate`.
+        guess, alike: see `StepEstimate`.
     """
 
-    def __init__(self, device: torch.device | None = None, guess: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        guess: Mapping[str, float] | None = None,
+        alike: Collection[str] = (),
+    ) -> None:
         self._device = device
-        self._estimate = StepEstimate(guess or {})
+        self._estimate = StepEstimate(guess or {}, alike)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._began: float | None = None
         self._outer: str | None = None
@@ -177,6 +199,10 @@ class StepWatch:
     def show_on(self, bar: Task | None) -> None:
         """Show phases on this bar from now on."""
         self._bar = bar
+
+    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Begin with the times of an earlier attempt; see `StepEstimate.recall`."""
+        self._estimate.recall(rows)
 
     def begin_step(self, steps_left: int) -> None:
         """A step begins, one of `steps_left`. Seconds that were not taken are dropped."""
@@ -247,14 +273,22 @@ class StepWatch:
                 if drawn.tokens:
                     done, total, unit = drawn.tokens, drawn.expected, "tokens"
                 self._inner.done, self._inner.total, self._inner.unit = done, total, unit
-                self._moved()
+                now = time.monotonic()
+                left, elapsed = drawn.seconds_left(now), now - self._inner.began
+                # The last rows run alone: a share of the tokens is not that share of the time. Until the time of a
+                # step is known, that of the prompts would be taken for it.
+                if left is None and drawn.tokens:
+                    self._show()
+                else:
+                    self._moved(None if left is None else elapsed / max(elapsed + left, 1e-9))
 
         return progress
 
-    def _moved(self) -> None:
+    def _moved(self, fraction: float | None = None) -> None:
+        """Show that the running phase has moved; None takes the share of its units for that of its time."""
         inner = self._inner
         if inner is not None and inner.total and self._outer is not None:
-            self._estimate.move(inner.done / inner.total)
+            self._estimate.move(inner.done / inner.total if fraction is None else fraction)
         self._show()
 
     def _show(self) -> None:

@@ -14,7 +14,7 @@ from rlhf_cli.models.resources import CPU_PROCESS, Extent
 from rlhf_cli.pipeline import plan as planning
 from rlhf_cli.pipeline.plan import plan_run
 from rlhf_cli.pipeline.plan_advice import advise
-from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry

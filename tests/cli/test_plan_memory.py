@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_cli.pipeline.plan import plan_run
-from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
 from tests.conftest import EOS, SENTENCES, byte_level_tokenizer
 

@@ -14,8 +14,8 @@ from rlhf_cli.models.gpus import Cluster
 from rlhf_cli.models.model_sizes import SIZES
 from rlhf_cli.pipeline.plan import RunPlan, plan_run
 from rlhf_cli.pipeline.plan_target import Target
-from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.pipeline.prediction import COMPUTE
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
 
 

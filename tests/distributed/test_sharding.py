@@ -63,16 +63,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dic
     return results
 
 
-def launch(folder: Path, cases: Sequence[str], count: int) -> None:
-    """Run cases in several processes."""
+def started_by_rank(script: str, arguments: Sequence[object], count: int) -> list:
+    """Start a script of this folder in several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).with_name("sharded.py")
-    started = [
-        start([folder, *cases], program=script, env=environment(count, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
+    program = Path(__file__).with_name(script)
+    return [
+        start(arguments, program=program, env=environment(count, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
         for rank in range(count)
     ]
+
+
+def launch(folder: Path, cases: Sequence[str], count: int) -> None:
+    """Run cases in several processes."""
+    started = started_by_rank("sharded.py", [folder, *cases], count)
     try:
         for process in started:
             stdout, stderr = process.communicate(timeout=900)
@@ -86,6 +91,23 @@ def launch(folder: Path, cases: Sequence[str], count: int) -> None:
 def environment(count: int, **more: object) -> dict[str, str]:
     fixed = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **fixed, **{k: str(v) for k, v in more.items()}}
+
+
+@pytest.mark.parametrize("how", ["skip", "pass"])
+def test_a_process_that_makes_a_pass_less_than_the_others_ends_at_once(how: str, tmp_path: Path):
+    """The others would wait for it in a message that never comes; they lose it, and end too."""
+    make_model("llama", tmp_path / "llama")
+    first, second = started_by_rank("missing_pass.py", [tmp_path / "llama", how], 2)
+    try:
+        _, said = second.communicate(timeout=120)
+        first.communicate(timeout=30)
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    assert (second.returncode == 0) is (first.returncode == 0) is (how == "pass"), said
+    expected = "process 1 passed over 1 parts of a sharded model's work, and the others over 2: they would wait for it"
+    assert (expected in said) is (how == "skip")
 
 
 def cells(*stages: str, exact: bool = True) -> list:

@@ -67,6 +67,92 @@ def test_where_rates_depend_on_the_steps_it_starts_over_and_says_why(toy, change
     assert toy.ran() == ["ppo nothing"]
 
 
+@pytest.fixture
+def begun(toy: Toy) -> Toy:
+    """A run whose PPO failed after step 5 of 40, at a constant rate."""
+    assert more(toy, 40, FAKE_RAISE="ppo:diverged").code != 0
+    checkpoint = toy.run_dir / ".ppo.work" / "step-00000005"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+    toy.ran()
+    return toy
+
+
+@pytest.mark.parametrize("steps", [6, 12, 41])
+def test_an_unfinished_run_continues_with_fewer_or_more_steps(begun, steps):
+    assert more(begun, steps, "--dry-run").statuses["ppo"] == "would resume"
+    outcome = more(begun, steps)
+    assert outcome.code == 0, outcome.stderr
+    assert f"ppo: resuming (`ppo.steps` was 40, now {steps})" in outcome.stderr
+    assert begun.ran() == ["ppo step 3"]
+    assert more(begun, steps).statuses["ppo"] == "cached", "it is the artifact of that number of steps"
+
+
+def test_an_unfinished_run_that_is_as_long_as_asked_finishes_with_what_it_has(begun):
+    outcome = more(begun, 5)
+    assert outcome.code == 0, outcome.stderr
+    said = "resuming (`ppo.steps` was 40, now 5; all of them are done, so that it finishes with what it has)"
+    assert said in outcome.stderr
+
+
+def test_steps_below_those_done_are_refused_and_the_hint_works(begun):
+    refused = more(begun, 4)
+    assert refused.code == 2
+    assert "has an unfinished `ppo` with 5 steps done: `ppo.steps` was 40, now 4" in refused.stderr
+    assert "hint: finish with those by `--set ppo.steps=5`, or discard the unfinished work with `--force ppo`" in (
+        " ".join(refused.stderr.split())
+    )
+    assert more(begun, 4, "--set", "ppo.steps=5").code == 0
+    assert begun.ran() == ["ppo step 3"]
+
+
+@pytest.mark.parametrize("name", ["ppo.kl_coef=0.1", "ppo.clip_range=0.1"])
+def test_fewer_steps_and_another_change_are_refused(begun, name):
+    refused = more(begun, 12, "--set", name)
+    assert refused.code == 2
+    assert "that was started differently: " in refused.stderr
+    assert "`ppo.steps` was 40, now 12" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "said"),
+    [
+        pytest.param(
+            "ppo",
+            "ppo.steps=2",
+            "with `ppo.schedule: linear` the learning rates of all steps depend on `ppo.steps`",
+            id="linear",
+        ),
+        pytest.param(
+            "sft",
+            "sft.epochs=0.5",
+            "with `sft.schedule: linear` the learning rates of all steps depend on `sft.epochs`",
+            id="sft",
+        ),
+        pytest.param(
+            "train-rm",
+            "train_rm.epochs=0.5",
+            "with `train_rm.schedule: linear` the learning rates of all steps depend on `train_rm.epochs`",
+            id="train-rm",
+        ),
+    ],
+)
+def test_where_rates_depend_on_the_steps_fewer_are_refused_with_the_reason(toy, stage, changes, said):
+    assert toy.run("--to", stage, FAKE_RAISE=f"{stage}:diverged").code != 0
+    refused = toy.run("--to", stage, "--set", changes)
+    assert refused.code == 2
+    assert said in " ".join(refused.stderr.split())
+    assert "hint: undo the change to resume" in refused.stderr
+
+
+def test_epochs_of_an_unfinished_stage_stay_at_a_constant_rate_too(toy):
+    constant = ("--to", "sft", "--set", "sft.schedule=constant", "--set", "sft.warmup_share=0")
+    assert toy.run(*constant, FAKE_RAISE="sft:diverged").code != 0
+    refused = toy.run(*constant, "--set", "sft.epochs=2")
+    assert refused.code == 2
+    assert "`sft.epochs` decides which records are in the last step" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize("changes", [("--set", "ppo.kl_coef=0.1"), ("--seed", "3")], ids=["setting", "seed"])
 def test_other_changes_start_over(trained, changes):
     more(trained, 5, *changes)

@@ -77,6 +77,43 @@ def test_phases_that_ended_correct_the_guess_of_those_to_come():
     assert estimate.step_left(13.0) == pytest.approx(9 * 12 / 11 - 1)
 
 
+def test_a_phase_tells_how_long_those_take_that_do_the_same_kind_of_work():
+    estimate = StepEstimate(GUESS, alike=("passes", "update"))
+    estimate.begin_step(0.0)
+    for phase, start, end in (("rollout", 0.0, 100.0), ("scoring", 100.0, 101.0)):
+        estimate.begin(phase, start)
+        estimate.end(phase, end - start)
+    estimate.begin("passes", 101.0)
+    assert estimate.step_left(101.0) == pytest.approx(9 * 101 / 11), "nothing of that kind is known"
+    estimate.move(0.5)
+    # Half of the passes in 4 s: 8 s for a weight of 3, so 16 s for the update, however slow the rollout was.
+    assert estimate.step_left(105.0) == pytest.approx(4 + 16)
+    estimate.end("passes", 6.0)
+    estimate.begin("update", 107.0)
+    assert estimate.step_left(108.0) == pytest.approx(12 - 1)
+    estimate.move(0.25)
+    assert estimate.step_left(111.0) == pytest.approx(12.0), "its own speed"
+
+
+def test_the_steps_of_an_earlier_attempt_count_as_one():
+    estimate = StepEstimate(GUESS)
+    row = {"time/rollout": 8.0, "time/scoring": 1.0, "time/passes": 3.0, "time/update": 10.0, "time/step": 24.0}
+    estimate.recall([row, {**row, "time/rollout": 10.0, "time/step": 26.0}])
+    assert estimate.is_guess, "it may have been on another machine"
+    estimate.begin_step(0.0)
+    estimate.begin("rollout", 0.0)
+    assert estimate.step_left(1.0) == pytest.approx(8 + 14)
+    assert estimate.total_left(1.0, steps_after=2) == pytest.approx(22 + 2 * 25)
+    estimate.end("rollout", 30.0)
+    estimate.end_step(45.0)
+    assert not estimate.is_guess
+    assert estimate.mean_seconds == pytest.approx((25 + 45) / 2)
+    empty = StepEstimate(GUESS)
+    empty.recall([])
+    empty.begin_step(0.0)
+    assert empty.total_left(1.0, steps_after=2) is None
+
+
 def test_later_steps_take_the_mean_of_each_phase():
     estimate = StepEstimate(GUESS)
     now = run_step(estimate, 0.0, {"rollout": 2.0, "scoring": 1.0, "passes": 1.0, "update": 20.0})
@@ -263,6 +300,60 @@ def test_a_resumed_run_appends_and_drops_what_runs_again(tmp_path, clock):
     train(Timed(clock), tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
     assert max(row["time/step"] for row in rows(tmp_path)) == pytest.approx(12.1)
+
+
+def test_a_resumed_run_begins_with_the_times_of_its_earlier_steps(tmp_path, clock, capsys):
+    class Slow(Timed):
+        killed = True
+
+        def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
+            assert watch is not None
+            if step == 3 and self.killed:
+                raise KeyboardInterrupt
+            with watch.phase("rollout", "sampling", total=80):
+                for _ in range(8):
+                    self.clock.wait(10)
+                    watch.count(10)
+            with watch.phase("update", "updating"):
+                self.clock.wait(40)
+            return StepReport({"loss": 1.0})
+
+        def after_step(self, step, report, log, watch) -> None:
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Slow(clock), tmp_path, steps=6)
+    capsys.readouterr()
+    again = Slow(clock)
+    again.killed = False
+    train(again, tmp_path, steps=6)
+    line = next(line for line in capsys.readouterr().err.splitlines() if "sampling 40/80" in line)
+    # 40 s of sampling and 40 s of an update, of which nothing was seen yet, and 3 steps of 120 s.
+    assert "sampling 40/80 tokens \u00b7 ~1:20 in step" in line
+    assert line.endswith("~7 min 20 s left")
+
+
+def test_the_part_of_a_rollout_is_that_of_its_time(clock):
+    """Completions of 20, 40, ... 200 tokens, a second per token: at half of the time, 73 % of the tokens are drawn."""
+    watch = StepWatch(guess={"rollout": 1.0, "update": 1.0})
+    seen: list[tuple[float, float | None]] = []
+
+    class Bar:
+        def within(self, units, doing, *, rate, left, is_guess) -> None:
+            seen.append((clock.now, left))
+
+    watch.show_on(Bar())  # type: ignore[arg-type]
+    watch.begin_step(1)
+    with watch.phase("rollout", "sampling"):
+        progress = watch.drawing(10, 200)
+        for step in range(1, 201):
+            clock.wait(1.0)
+            ended = [step] if step % 20 == 0 else []
+            progress(len(ended), 10 - (step - 1) // 20, ended)
+    # The update is guessed to take as long as the rollout, 200 s.
+    ratios = [left / (clock.now - now + 200) for now, left in seen if left is not None and now >= clock.now - 140]
+    assert len(ratios) > 100
+    assert all(0.7 < ratio < 1.3 for ratio in ratios)
 
 
 def test_a_log_says_within_a_step_what_is_done_and_how_long_it_takes(tmp_path, clock, capsys):

@@ -43,6 +43,7 @@ from rlhf_cli.models.verification import (
     not_as_trained,
     read_tensors,
 )
+from rlhf_cli.progress import Task, task
 
 PROBE_SIZE = 8
 """Texts on which the written reward model is compared with the trained one."""
@@ -84,13 +85,30 @@ def save_trained_reward_model(
         ModelError: the written reward model is not the trained one.
     """
     if is_sharded(reward_model.model):
-        return _ShardedRewardModel(reward_model, folder).save(probe, final or folder, depth)
+        with task("writing the reward model and comparing it", 1, "parts", saves=False) as bar:
+            difference = _ShardedRewardModel(reward_model, folder).save(probe, final or folder, depth)
+            bar.advance()
+        return difference
+    with task("writing the reward model and comparing it", 2 * len(probe) + 1, "parts", saves=False) as bar:
+        return _saved(reward_model, folder, probe, final, depth, bar)
+
+
+def _saved(
+    reward_model: RewardModel,
+    folder: Path,
+    probe: Sequence[tuple[Prompt, str]],
+    final: Path | None,
+    depth: int,
+    bar: Task,
+) -> float:
+    """Write a reward model that is not sharded; see `save_trained_reward_model`. The bar counts probes and writing."""
     source = reward_model.source.on_cpu()
     is_quantized = quantized(reward_model.model) != "none"
     if not is_quantized:
         _move_to_cpu(reward_model, source)
-    expected = [] if is_quantized else probe_rewards(reward_model, probe)
+    expected = [] if is_quantized else probe_rewards(reward_model, probe, bar)
     save_reward_model(reward_model, folder, final=final, depth=depth)
+    bar.advance()
     check_float32(folder)
     check_tokenizer(reward_model.format.tokenizer, folder, source)
     if reward_model.is_adapter:
@@ -103,7 +121,7 @@ def save_trained_reward_model(
     reward_model.model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     written = load_reward_model(replace(source, path=str(folder), revision=None, dtype=dtype), template=None)
     _in_float32(written)
-    difference = largest_difference(expected, probe_rewards(written, probe))
+    difference = largest_difference(expected, probe_rewards(written, probe, bar))
     _check_difference(difference, folder)
     return difference
 
@@ -143,9 +161,13 @@ def _in_float32(reward_model: RewardModel) -> None:
     reward_model.eval()
 
 
-def probe_rewards(reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
-    """Return the reward of each probe, scored alone."""
-    return reward_model.score([prompt for prompt, _ in probe], [completion for _, completion in probe], batch_size=1)
+def probe_rewards(
+    reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]], bar: Task | None = None
+) -> list[float]:
+    """Return the reward of each probe, scored alone and counted on a bar."""
+    prompts, completions = [prompt for prompt, _ in probe], [completion for _, completion in probe]
+    progress = None if bar is None else bar.advance
+    return reward_model.score(prompts, completions, batch_size=1, progress=progress)
 
 
 def _check_opens(source: ModelSource) -> None:

@@ -14,6 +14,7 @@ from rlhf_cli.stages.ppo.forward_passes import Completions, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import completion_kl
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.state import RunState
+from rlhf_cli.training.checkpoint.names import STEP, checkpoint_folder
 from rlhf_cli.training.monitoring.detectors.detectors import Detectors, Rewards
 from rlhf_cli.training.monitoring.detectors.observation import Observation
 
@@ -84,7 +85,7 @@ def stop_error(detectors: Detectors, state: RunState, settings: PPOSettings, wor
     setting = f"ppo.detectors.{detector.name}.stop"
     kept = ""
     if watched.safe_step is not None:
-        folder = work / f"step-{watched.safe_step:08d}"
+        folder = checkpoint_folder(work, STEP, watched.safe_step)
         kept = f"; the last checkpoint before a detector warned, of step {watched.safe_step:,}, is kept: {folder}"
     best = (
         "" if state.best is None else f"; the best policy within `kl_budget`, of step {state.best.step:,}, is kept too"

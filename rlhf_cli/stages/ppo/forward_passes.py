@@ -71,6 +71,10 @@ class Completions:
         """`finished` as a tensor: (N,) bool."""
         return torch.tensor(self.finished)
 
+    def tokens(self, row: int) -> int:
+        """Return the tokens of a prompt and its completion."""
+        return len(self.prompt_ids[row]) + len(self.completion_ids[row])
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -122,7 +126,8 @@ class ForwardPasses:
 
     Attributes:
         is_sharded: whether the processes divide the models among themselves.
-        count: called with the number of completion tokens of each micro-batch after its work, for progress.
+        count: called after the work of each micro-batch with its tokens, prompts included, times the models that passed
+            over them, for progress.
     """
 
     def __init__(
@@ -153,6 +158,11 @@ class ForwardPasses:
         self._of_step: Completions | None = None
         self._batches: dict[tuple[int, ...], SequenceBatch] = {}
 
+    @property
+    def passing(self) -> int:
+        """Models that pass over the completions of a step before its update."""
+        return 2 if self.models.critic_is_head else 3
+
     def batch(self, texts: TokenPairs, rows: Sequence[int]) -> SequenceBatch:
         """Batch some of the completions in the layout that the policy reads; reference and critic read the same.
 
@@ -173,8 +183,8 @@ class ForwardPasses:
         prompts, completions = ([ids[row] for row in rows] for ids in (texts.prompt_ids, texts.completion_ids))
         return SequenceBatch.for_model(self._reader, prompts, completions)
 
-    def micro_batches(self, completions: TokenPairs, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Yield this process's share of `rows` in micro-batches.
+    def micro_batches(self, completions: TokenPairs, rows: Sequence[int], models: int = 1) -> Iterator[list[int]]:
+        """Yield this process's share of `rows` in micro-batches, over which so many models pass.
 
         Models that read a shared prompt once get completions of the same prompt together. Other models get completions
         of similar length together, to keep padding low.
@@ -194,14 +204,16 @@ class ForwardPasses:
             yield part
             beat()
             if isinstance(completions, Completions):  # not the demonstrations of PPO-ptx
-                self.count(sum(len(completions.completion_ids[row]) for row in part))
+                self.count(models * sum(map(completions.tokens, part)))
 
-    def passes(self, completions: TokenPairs, rows: Sequence[int]) -> Iterator[tuple[list[int], float]]:
+    def passes(
+        self, completions: TokenPairs, rows: Sequence[int], models: int = 1
+    ) -> Iterator[tuple[list[int], float]]:
         """Yield what `micro_batches` yields with weight 1; of sharded models also fillers, see `equal_passes`."""
         if not self.is_sharded:
-            yield from ((part, 1.0) for part in self.micro_batches(completions, rows))
+            yield from ((part, 1.0) for part in self.micro_batches(completions, rows, models))
             return
-        own = list(self.micro_batches(completions, rows))
+        own = list(self.micro_batches(completions, rows, models))
         yield from equal_passes(self._reader, own, [rows[0]], self.processes)
 
     def _tokens(self, completions: TokenPairs, rows: Sequence[int]) -> int:
@@ -277,8 +289,6 @@ class ForwardPasses:
     def rollout_tensors(self, completions: Completions) -> RolloutTensors:
         """Run each model once over all completions; each process takes its share and receives every result.
 
-        Completions are counted twice, since the reference passes them after the others.
-
         Raises:
             DivergedError: a log-probability or a value is not finite.
         """
@@ -301,7 +311,7 @@ class ForwardPasses:
         """Run each model over this process's completions and put what it gives into `rows`."""
         found: dict[str, list[Tensor]] = {name: [] for name in rows}
         order: list[int] = []
-        for part, weight in self.passes(completions, range(len(completions))):
+        for part, weight in self.passes(completions, range(len(completions)), self.passing - 1):
             policy, values = self._policy_and_values(self.batch(completions, part))
             if not weight:
                 continue

@@ -22,7 +22,7 @@ from rlhf_cli.settings.base import (
 )
 from rlhf_cli.settings.detectors import DetectorSettings
 from rlhf_cli.settings.rewards import PPORewardSettings
-from rlhf_cli.settings.shared import Adapter, LoraSettings, Optimizer, default_rate
+from rlhf_cli.settings.shared import Adapter, LoraSettings, Optimizer, default_rate, rates_depend_on_steps
 
 _KL_HORIZON = 10_000.0
 
@@ -63,8 +63,9 @@ class PPOSettings(StageSection):
 
     steps: Count = 100
     """Number of PPO steps: one rollout each, followed by `epochs` passes of updates. With `schedule: constant` and
-    `warmup_share: 0`, a finished run whose `steps` are raised continues after its last step; else it starts from the
-    first, because the learning rates of its steps would change."""
+    `warmup_share: 0`, a finished run whose `steps` are raised continues after its last step, and an unfinished one
+    continues with more or fewer, but not fewer than are done. Otherwise the learning rates of the steps done would
+    change: a finished run starts from the first step, an unfinished one is refused."""
     prompts_per_step: Count = 64
     """Prompts per step, over all processes."""
     samples_per_prompt: Count = 1
@@ -236,9 +237,7 @@ class PPOSettings(StageSection):
     @property
     def rates_depend_on_steps(self) -> str | None:
         """The setting by which learning rates depend on `steps`, as a recipe has it; None if they do not."""
-        if self.schedule != "constant":
-            return f"schedule: {self.schedule}"
-        return f"warmup_share: {self.warmup_share:g}" if self.warmup_share else None
+        return rates_depend_on_steps(self.schedule, self.warmup_share)
 
     @property
     def peak_rate(self) -> float:

@@ -48,7 +48,7 @@ from rlhf_cli.stages.ppo.rollout import RewardFunction, Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.state import RunState
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
-from rlhf_cli.stages.ppo.work import StepFlops, relative_durations, step_work
+from rlhf_cli.stages.ppo.work import ALIKE, StepFlops, relative_durations, step_work
 from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.monitoring.detectors.detectors import Detectors
 from rlhf_cli.training.monitoring.detectors.observation import Observation
@@ -111,7 +111,7 @@ class PPOTrainer(TrainingTask):
         self._work, self._processes, self._shape = work, forward_passes.processes, reward_shape(settings)
         self._best = BestPolicy(settings.kl_budget, models, work, forward_passes.processes)
         self._flops = StepFlops.of(models)
-        self.phases = relative_durations(settings)
+        self.phases, self.alike = relative_durations(settings, policy, data.prompts), ALIKE
         self._detectors = detectors or Detectors(settings.detectors)
         self._seen: Observation | None = None  # the completions of the step that is running
         self.loop = TrainingLoop(
@@ -127,7 +127,7 @@ class PPOTrainer(TrainingTask):
             hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weights were saved",
             shows_samples=settings.show_steps is not None,
             log=log,
-            watch=StepWatch(forward_passes.device, self.phases),
+            watch=StepWatch(forward_passes.device, self.phases, self.alike),
             peak=peak,
         )
 
@@ -149,9 +149,9 @@ class PPOTrainer(TrainingTask):
         """Run the 0-based step `step`."""
         settings, beta, watch = self.settings, self.state.kl_coef, watch or StepWatch()
         completions = self.rollouts.next_step(self.data.prompts, step, watch)
-        tokens = int(completions.lengths.sum()) / self._processes.count
+        tokens = sum(map(completions.tokens, range(len(completions)))) / self._processes.count
         self.forward_passes.count = watch.count
-        with watch.phase("passes", "passes", total=2 * tokens):
+        with watch.phase("passes", "passes", total=self.forward_passes.passing * tokens):
             before = self.forward_passes.rollout_tensors(completions)
         kl = kl_per_token(before.logprobs, before.reference_logprobs)
         scores = self.rewards(completions).to(kl.device)
@@ -299,6 +299,12 @@ class PPOTrainer(TrainingTask):
                     self._save_policy(step)
                 self._processes.barrier()
 
+    def after_last_step(self, step: int, log: RunLogger, watch: StepWatch) -> dict[str, float]:
+        """Evaluate and show, unless that was due after the step anyway."""
+        metrics: dict[str, float] = {}
+        self._evaluate(step, metrics, log, watch, is_late=True)
+        return metrics
+
     def _detect(self, metrics: dict[str, float], log: RunLogger) -> None:
         """Let the detectors look at the step; a step whose rewards are not finite is not looked at."""
         if self._seen is None:
@@ -321,14 +327,26 @@ class PPOTrainer(TrainingTask):
         """See `TrainingTask`."""
         return stop_error(self._detectors, self.state, self.settings, self._work)
 
-    def _evaluate(self, step: int, metrics: dict[str, float], log: RunLogger, watch: StepWatch) -> None:
-        """Evaluate and show what is due after `step` steps; evaluation metrics are added to `metrics`."""
+    def _evaluate(
+        self, step: int, metrics: dict[str, float], log: RunLogger, watch: StepWatch, *, is_late: bool = False
+    ) -> None:
+        """Evaluate and show what is due after `step` steps; evaluation metrics are added to `metrics`.
+
+        `is_late`: the step became the last one after it was taken, so that what is due anyway has been done.
+        """
         settings, evaluation = self.settings, self._evaluation
         if evaluation is None:
             return
         is_last = step == settings.steps or self.has_ended
-        if settings.eval_steps is not None and (step % settings.eval_steps == 0 or is_last):
+
+        def is_due(every: int | None) -> bool:
+            if every is None:
+                return False
+            is_regular = step % every == 0
+            return not is_regular if is_late else is_regular or is_last
+
+        if is_due(settings.eval_steps):
             metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, watch=watch)
             self.state.best = self._best.after(step, metrics, self.state.best)
-        if settings.show_steps is not None and (step % settings.show_steps == 0 or is_last):
+        if is_due(settings.show_steps):
             log.show(step, evaluation.fixed(watch))

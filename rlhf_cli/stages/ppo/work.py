@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+from rlhf_cli.generation.length_estimate import LengthEstimate
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.stages.ppo.forward_passes import Completions
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -12,16 +16,24 @@ from rlhf_cli.stages.ppo.update import UpdateStatistics
 from rlhf_cli.training.flops import ModelSize, model_size
 from rlhf_cli.training.monitoring.timing_log import Work
 
+ALIKE = ("passes", "update")
+"""Phases in which models pass over all tokens of a step: one of them tells how long the other takes."""
+_SAMPLED = 10.0
+"""Time to sample a token, in units of the time that a forward pass takes per token."""
 
-def relative_durations(settings: PPOSettings) -> dict[str, float]:
+
+def relative_durations(settings: PPOSettings, policy: Policy, prompts: TokenizedPrompts) -> dict[str, float]:
     """Return a guess of the phases' relative durations, for the time left before the first step has ended.
 
     Forward passes are the unit: three models pass in `passes`, or two where the critic is a head on the policy. In an
-    update, policy and critic go forward and backward, which takes three times a forward pass. Sampling, one token at a
-    time, takes about ten.
+    update, policy and critic go forward and backward, which takes three times a forward pass. In a rollout the prompts
+    are passed over, and the tokens of completions are sampled one after another.
     """
-    trained = 1.0 if settings.critic == "head" else 2.0
-    return {"rollout": 10.0, "scoring": 0.5, "passes": 1.0 + trained, "update": 3.0 * trained * settings.epochs}
+    trained = 1.0 if settings.critic_is_head else 2.0
+    completion = LengthEstimate(policy.sampling.max_new_tokens).remaining()
+    prompt = fmean(map(len, prompts.ids)) if len(prompts) else completion
+    rollout = (prompt + _SAMPLED * completion) / (prompt + completion)
+    return {"rollout": rollout, "scoring": 0.5, "passes": 1.0 + trained, "update": 3.0 * trained * settings.epochs}
 
 
 @dataclass(frozen=True)

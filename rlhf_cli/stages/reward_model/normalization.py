@@ -28,13 +28,19 @@ NORMALIZED_OVER = 64
 """Training prompts that rewards are normalized over: enough for a mean and a deviation, in about a minute on a CPU."""
 
 
+def normalized_over(context: RewardModelContext, train: Sequence[Ranking]) -> list[Ranking]:
+    """Return the training rankings whose prompts rewards are normalized over."""
+    return random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), NORMALIZED_OVER))
+
+
 def normalize(
     context: RewardModelContext,
     reward_model: RewardModel,
-    train: Sequence[Ranking],
+    chosen: Sequence[Ranking],
     style: PromptStyle,
     processes: ProcessGroup,
     generator: Generator | None = None,
+    scored: Sequence[Sequence[float]] | None = None,
 ) -> None:
     """Set `mean` and `std` of the reward model over completions of the SFT model to training prompts.
 
@@ -45,12 +51,12 @@ def normalize(
     Args:
         context: of the stage.
         reward_model: trained; its `mean` and `std` are set.
-        train: rankings it was trained on.
+        chosen: see `normalized_over`.
         style: how the SFT model is prompted.
         processes: of the run, which share the work.
         generator: draws new completions; None is that of `generation.engine`.
+        scored: rewards of the completions of `chosen`, before normalization; None scores them where they are needed.
     """
-    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), NORMALIZED_OVER))
     sampled = (
         _sample(context, reward_model, chosen, style, processes, generator)
         if samples_anew(context, reward_model)
@@ -59,7 +65,7 @@ def normalize(
     if sampled is not None:
         raw = reward_model.score([prompt for prompt, _ in sampled], [text for _, text in sampled])
     else:
-        groups = ranking_rewards(context, reward_model, chosen, "normalizing rewards", processes)
+        groups = scored or ranking_rewards(context, reward_model, chosen, "normalizing rewards", processes)
         raw = [reward for rewards in groups for reward in rewards]
     # Equal rewards have no deviation to divide by.
     reward_model.mean, reward_model.std = fmean(raw), pstdev(raw) or 1.0

@@ -137,7 +137,6 @@ def _member(
     from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
     from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
-    from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
     from rlhf_cli.training.monitoring.timing_log import append_evaluation
 
@@ -154,9 +153,7 @@ def _member(
     free_memory()
     with watch.phase("eval", "evaluating"):
         held_out = ranking_rewards(context, reward_model, plan.held_out, "scoring held-out rankings", processes)
-        checked = ranking_rewards(context, reward_model, plan.checked, "scoring training rankings", processes)
-        if settings.normalize:
-            normalize(context, reward_model, plan.train, plan.style, processes, generator)
+        checked = _checked_and_normalized(context, plan, reward_model, generator)
     if processes.is_main:
         append_evaluation(work, steps, watch.end_step())
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +166,27 @@ def _member(
         for name in (METRICS, TIMING):
             shutil.copyfile(work / name, folder / name)
     return Member(held_out, checked, reward_model.mean, reward_model.std, metrics)
+
+
+def _checked_and_normalized(
+    context: RewardModelContext, plan: Plan, reward_model: RewardModel, generator: Generator | None
+) -> list[list[float]]:
+    """Return the raw rewards of the training rankings to check, after normalizing rewards if the recipe says so.
+
+    Up to a number of training rankings, both are about all of them, which are then scored once.
+    """
+    from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
+    from rlhf_cli.stages.reward_model.normalization import normalize, normalized_over
+
+    chosen = normalized_over(context, plan.train) if context.settings.normalize else []
+    is_same = {id(ranking) for ranking in chosen} == {id(ranking) for ranking in plan.checked}
+    rankings = chosen if is_same else plan.checked
+    rewards = ranking_rewards(context, reward_model, rankings, "scoring training rankings", plan.processes)
+    if chosen:
+        scored = rewards if is_same else None
+        normalize(context, reward_model, chosen, plan.style, plan.processes, generator, scored)
+    of_ranking = {id(ranking): found for ranking, found in zip(rankings, rewards, strict=True)}
+    return [of_ranking[id(ranking)] for ranking in plan.checked]
 
 
 def _trained(

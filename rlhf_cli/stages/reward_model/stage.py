@@ -113,4 +113,6 @@ STAGE = Stage(
     workload="rlhf_cli.stages.reward_model.workload",
     unaffected_by=("model.build",),
     accept=check_requirements,
+    steps_setting="train_rm.epochs",
+    fixed_steps=lambda settings: settings.fixed_steps("train_rm"),
 )

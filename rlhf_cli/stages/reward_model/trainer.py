@@ -245,7 +245,7 @@ class RewardTrainer(TrainingTask):
         share = -(-len(chosen) // self._processes.count)  # so that every process gets work
         ordered = by_length(groups, chosen)
         own = self._processes.shard(self._cuts.cut(ordered, tokens, most=share))
-        passes = list(equal_passes(self.model.model, own, ordered[:1], self._processes))
+        passes = equal_passes(self.model.model, own, ordered[:1], self._processes)
 
         def work() -> StepSums:
             sums, loss = StepSums(), torch.zeros((), dtype=torch.float64, device=self.model.device)

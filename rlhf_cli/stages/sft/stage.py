@@ -82,4 +82,6 @@ STAGE = Stage(
     workload="rlhf_cli.stages.sft.workload",
     # `sampling` is recorded for the next stage; a change does not train again.
     unaffected_by=("sampling", "generation"),
+    steps_setting="sft.epochs",
+    fixed_steps=lambda settings: settings.fixed_steps("sft"),
 )

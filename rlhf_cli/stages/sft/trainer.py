@@ -7,7 +7,7 @@ change the gradient.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -135,7 +135,7 @@ class SFTTrainer(TrainingTask):
         parts = self._processes.shard(self._cuts.cut(ordered, self._tokens, most=share))
         batches = {tuple(part): self._batch(part) for part in parts}
         counts = TokenCounts.of(list(batches.values()), self._processes)
-        passes = list(equal_passes(self._model, parts, ordered[:1], self._processes))
+        passes = equal_passes(self._model, parts, ordered[:1], self._processes)
         total = self._cuts.run(lambda: self._own_gradient(passes, batches, counts, watch), self.optimizer.zero_grad)
         all_reduce_gradients(self._trained.values(), self._processes)
         self._processes.all_reduce([total])
@@ -150,7 +150,7 @@ class SFTTrainer(TrainingTask):
 
     def _own_gradient(
         self,
-        passes: Sequence[tuple[Sequence[int], float]],
+        passes: Iterable[tuple[Sequence[int], float]],
         batches: Mapping[tuple[int, ...], Batch],
         counts: TokenCounts,
         watch: StepWatch,

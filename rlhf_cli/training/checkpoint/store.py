@@ -8,7 +8,6 @@ With several processes, process 0 writes, and decides which checkpoint all of th
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -34,11 +33,10 @@ from rlhf_cli.training.checkpoint.files import (
     replaced_folder,
     write_folder,
 )
+from rlhf_cli.training.checkpoint.names import BEST, STEP, checkpoint_folder, checkpoint_folders, step_of
 
 if TYPE_CHECKING:
     from rlhf_cli.distributed.process_group import ProcessGroup
-
-_STEP, _BEST = "step", "best"
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def save_checkpoint(
     """
 
     def write(take: Take) -> None:
-        _save(folder / f"{_STEP}-{step:08d}", step, tensors, state, take)
+        _save(checkpoint_folder(folder, STEP, step), step, tensors, state, take)
         _rotate(folder, step, keep, protected)
 
     _by_main(write, step, tensors, processes)
@@ -98,9 +96,9 @@ def save_best(
     """
 
     def write(take: Take) -> None:
-        _save(folder / f"{_BEST}-{step:08d}", step, tensors, state, take)
-        for old in _folders(folder, _BEST):
-            if _number(old) != step:
+        _save(checkpoint_folder(folder, BEST, step), step, tensors, state, take)
+        for old in checkpoint_folders(folder, BEST):
+            if step_of(old) != step:
                 _remove(old)
 
     _by_main(write, step, tensors, processes)
@@ -108,7 +106,7 @@ def save_best(
 
 def remove_all_but_newest(folder: Path) -> None:
     """Remove the step checkpoints of a finished training that nothing resumes from or rolls back to any more."""
-    for path in _folders(folder, _STEP)[1:]:
+    for path in checkpoint_folders(folder, STEP)[1:]:
         _remove(path)
 
 
@@ -125,12 +123,12 @@ def latest_checkpoint(
     Raises:
         UsageError: a process cannot read what process 0 can.
     """
-    return _newest(folder, _STEP, processes, up_to)
+    return _newest(folder, STEP, processes, up_to)
 
 
 def best_checkpoint(folder: Path, *, processes: ProcessGroup | None = None) -> Checkpoint | None:
     """Return what `save_best` wrote, or None; see `latest_checkpoint`."""
-    return _newest(folder, _BEST, processes)
+    return _newest(folder, BEST, processes)
 
 
 def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], take: Take) -> None:
@@ -158,7 +156,7 @@ def _newest(folder: Path, kind: str, processes: ProcessGroup | None, up_to: int 
     problem = None
     if step is not None and not processes.is_main:
         try:
-            found = Checkpoint(*read_folder(folder / f"{kind}-{step:08d}"))
+            found = Checkpoint(*read_folder(checkpoint_folder(folder, kind, step)))
         except DamagedCheckpoint as damage:
             problem = str(damage)
     for number, told in enumerate(processes.all_gather_object(problem)):
@@ -171,13 +169,13 @@ def _newest(folder: Path, kind: str, processes: ProcessGroup | None, up_to: int 
 
 
 def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | None:
-    folders = [path for path in _folders(folder, kind) if up_to is None or _number(path) <= up_to]
+    folders = [path for path in checkpoint_folders(folder, kind) if up_to is None or step_of(path) <= up_to]
     for path in folders:
         try:
             return Checkpoint(*read_folder(path))
         except DamagedCheckpoint as damage:
             warn(f"skipping the damaged checkpoint {path}: {damage}")
-    if folders and kind == _STEP:
+    if folders and kind == STEP:
         warn(f"no checkpoint in {folder} is intact: starting from the beginning")
     return None
 
@@ -206,12 +204,12 @@ def _by_main(
 
 def _rotate(folder: Path, step: int, keep: int, protected: Collection[int]) -> None:
     """Remove all but the newest `keep`, and those newer than `step`, which were damaged and skipped."""
-    folders = _folders(folder, _STEP)
-    for path in [path for path in folders if _number(path) > step]:
+    folders = checkpoint_folders(folder, STEP)
+    for path in [path for path in folders if step_of(path) > step]:
         if not is_of_another_format(path):
             _remove(path)
-    for path in [path for path in folders if _number(path) <= step][keep:]:
-        if _number(path) not in protected:
+    for path in [path for path in folders if step_of(path) <= step][keep:]:
+        if step_of(path) not in protected:
             _remove(path)
 
 
@@ -222,19 +220,9 @@ def _remove(path: Path) -> None:
         warn(f"cannot remove the old checkpoint {path}: {(error.strerror or str(error)).lower()}")
 
 
-def _folders(folder: Path, kind: str) -> list[Path]:
-    """Return the checkpoints of a kind, newest first; other files in the folder are not ours."""
-    found = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{8,}}", path.name)]
-    return sorted(found, key=_number, reverse=True)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
 def _tidy(folder: Path) -> None:
     """Finish or undo what a killed process left: a partial checkpoint, or a replaced one without its successor."""
-    for path in [path for kind in (_STEP, _BEST) for path in folder.glob(f".{kind}-*")]:
+    for path in [path for kind in (STEP, BEST) for path in folder.glob(f".{kind}-*")]:
         target = path.with_name(path.stem.removeprefix("."))
         if path == replaced_folder(target) and not target.exists():
             rename(path, target)

@@ -60,20 +60,23 @@ class MetricsLog:
             metrics: name -> value.
             histograms: name -> values, of which bins and counts are written; see `histogram_of`.
         """
-        row: dict[str, Any] = {"step": step}
-        row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row: dict[str, Any] = {"step": step} | _plain(metrics)
         binned = {name: histogram_of(values) for name, values in (histograms or {}).items()}
         if binned:
             row["histograms"] = {name: histogram.as_json() for name, histogram in binned.items()}
         self._lines.append(row)
         if self._trackers is not None:
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self._trackers.write(step, finite, binned)
+            self._trackers.write(step, _finite(metrics), binned)
+
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the last line, which is that of `step`."""
+        self._lines.amend(_plain(metrics))
+        self.track(step, metrics)
 
     def track(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send finite metrics of a step to the trackers alone: the file holds what is the same in every run."""
         if self._trackers is not None:
-            self._trackers.write(step, {name: value for name, value in metrics.items() if math.isfinite(value)}, {})
+            self._trackers.write(step, _finite(metrics), {})
 
     def position(self) -> dict[str, Any]:
         """Make what was written durable and return how far it goes, for a checkpoint: `bytes` and their `sha256`."""
@@ -99,6 +102,15 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics as JSON has them."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 @dataclass(frozen=True)

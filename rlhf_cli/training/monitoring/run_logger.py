@@ -52,6 +52,11 @@ class RunLogger:
         if self._log is not None:
             self._log.write(step, metrics, histograms)
 
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to those of the last step that was written."""
+        if self._log is not None:
+            self._log.amend(step, metrics)
+
     def time(self, step: int, row: Mapping[str, float]) -> None:
         """Append the times of a step, whose metrics were written; see `timing_row`."""
         if self._log is not None and self._times is not None:

@@ -48,8 +48,12 @@ class StepLines:
         self.kept_step = _last_step(kept)
         if kept != found or not path.exists():
             write_whole(path, kept)
-        self._digest, self._bytes = hashlib.sha256(kept), len(kept)
-        self._file = path.open("ab")
+        self._open(kept)
+
+    def _open(self, content: bytes) -> None:
+        """Append to the file, which has this content."""
+        self._digest, self._bytes = hashlib.sha256(content), len(content)
+        self._file = self._path.open("ab")
 
     def _readable(self, found: bytes, after_step: int, position: Mapping[str, Any] | None) -> bytes:
         """Return the readable lines of steps up to `after_step`, in the order of their steps."""
@@ -80,6 +84,14 @@ class StepLines:
         self._file.flush()
         self._digest.update(line)
         self._bytes += len(line)
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Add values to the last line, which must be there, and write the file anew."""
+        self.close()
+        *before, last = self._path.read_bytes().splitlines(keepends=True)
+        write_whole(self._path, b"".join(before))
+        self._open(b"".join(before))
+        self.append(json.loads(last) | values)
 
     def position(self) -> dict[str, Any]:
         """Make what was written durable and return how far it goes, for a checkpoint: `bytes` and their `sha256`."""

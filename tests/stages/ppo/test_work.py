@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.stages.ppo.forward_passes import Completions
+from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.update import UpdateStatistics
-from rlhf_cli.stages.ppo.work import StepFlops, step_work
+from rlhf_cli.stages.ppo.work import StepFlops, relative_durations, step_work
 from rlhf_cli.training.flops import ModelSize
 from rlhf_cli.training.timing import StepWatch
 
@@ -91,8 +95,9 @@ def test_a_step_times_its_phases_and_shows_them(tiny_llama, tmp_path, make_train
     drawn = report.work["rollout"].tokens
     assert drawn <= 8 * 8
     assert report.episodes == 8
-    assert any(f"updating {2 * drawn:,}/{2 * drawn:,} tokens" in doing for doing in shown), "two epochs"
-    assert any(f"passes {2 * drawn:,}/{2 * drawn:,} tokens" in doing for doing in shown), "policy, then reference"
+    passed = report.work["passes"].tokens
+    assert any(f"passes {3 * passed:,}/{3 * passed:,} tokens" in doing for doing in shown), "three models"
+    assert any(f"updating {2 * passed:,}/{2 * passed:,} tokens" in doing for doing in shown), "two epochs"
     assert any("sampling" in doing and "tokens" in doing and "in step" in doing for doing in shown)
 
 
@@ -118,3 +123,14 @@ def test_a_critic_that_is_a_head_has_no_pass_of_its_own():
     assert head.update(lengths, policy_epochs=1.5, critic_epochs=2.0) == 1.5 * trained + 0.5 * (
         2 * 85 * 7 + 4 * attention
     )
+
+
+def test_the_guess_of_a_rollout_knows_how_long_prompts_are():
+    policy = SimpleNamespace(sampling=SimpleNamespace(max_new_tokens=64))
+
+    def guess(length: int) -> dict[str, float]:
+        return relative_durations(PPOSettings(), cast("Any", policy), TokenizedPrompts(["p"], [[0] * length]))
+
+    short, long = guess(10), guess(1000)
+    assert short["rollout"] > 3 * long["rollout"] > 3, "prompts are passed over at once"
+    assert short["update"] == long["update"] == 4 * short["passes"] * 2

@@ -15,6 +15,7 @@ from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.inputs import Input
+from rlhf_cli.stages.reward_model import normalization
 from rlhf_cli.stages.reward_model import run as train_rm
 from rlhf_cli.stages.reward_model.evaluation import ranking_report
 from rlhf_cli.stages.reward_model.quality import doubts
@@ -114,6 +115,33 @@ def test_rewards_of_sampled_labels_have_mean_0_and_deviation_1(tiny_llama, tmp_p
     mean = sum(rewards) / len(rewards)
     assert mean == pytest.approx(0.0, abs=1e-4)
     assert sum((reward - mean) ** 2 for reward in rewards) / len(rewards) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [30, 110], ids=["all training rankings", "some of them"])
+def test_rankings_are_scored_once_if_accuracy_and_normalization_are_about_the_same(
+    tiny_bert, tmp_path, capsys, monkeypatch, count
+):
+    """An encoder pads, so that the bits of a reward depend on its batch: the normalization keeps its own order."""
+    found, said, whole = [], [], normalization.normalize
+    for name in ("once", "twice"):
+        folder = tmp_path / name
+        folder.mkdir()
+        context = context_of(folder, tiny_bert, write_rankings(folder / "r.jsonl", count), epochs=1.0)
+        if name == "twice":
+            monkeypatch.setattr(normalization, "normalize", lambda *arguments: whole(*arguments[:6]))
+        outcome = train_rm.run(context)
+        found.append({name: value for name, value in outcome.metrics.items() if not name.startswith("time")})
+        said.append(capsys.readouterr().err)
+    assert found[0] == found[1], "bit for bit"
+    assert [text.count("scoring training rankings: done") for text in said] == [1, 1]
+    assert [text.count("normalizing rewards: done") for text in said] == [int(count == 110), 1]
+
+
+def test_writing_a_reward_model_shows_how_far_it_is(tiny_llama, tmp_path, capsys):
+    train_rm.run(context_of(tmp_path, tiny_llama, write_rankings(tmp_path / "r.jsonl"), normalize=False, epochs=1.0))
+    said = capsys.readouterr().err
+    assert "writing the reward model and comparing it: 17 parts" in said
+    assert "writing the reward model and comparing it: done in " in said
 
 
 def test_imported_labels_are_normalized_over_new_completions_of_the_base(tiny_llama, tmp_path, capsys):
