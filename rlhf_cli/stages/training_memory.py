@@ -86,8 +86,8 @@ def host_copy(recipe: RunSettings, extent: Extent, trained: int) -> float:
         extent: of the stage.
         trained: number of trained weights.
     """
-    wanted = recipe.checkpoint_async
-    if wanted is False or extent.on_cpu or (wanted is None and recipe.model.sharding_cpu_offload):
+    is_async = recipe.checkpoint_async
+    if is_async is False or extent.on_cpu or (is_async is None and recipe.model.sharding_cpu_offload):
         return 0.0
     parts = shards(recipe.model, extent)
     return (FLOAT32 * trained + moments(trained)) * min(extent.machine or extent.processes, parts) / parts

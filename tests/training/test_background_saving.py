@@ -56,7 +56,7 @@ def join() -> None:
 
 
 def writer() -> BackgroundWriter:
-    return BackgroundWriter(ProcessGroup(), wanted=True)
+    return BackgroundWriter(ProcessGroup(), is_asked_for=True)
 
 
 def soon_free(disk: Disk, seconds: float = 0.2) -> None:
@@ -249,8 +249,8 @@ def test_the_best_is_written_before_the_checkpoint_that_refers_to_it(disk, tmp_p
 def test_by_default_copies_are_made_of_what_is_on_a_gpu_where_the_machine_has_memory(
     device, free, expected, monkeypatch
 ):
-    own = BackgroundWriter(ProcessGroup(), wanted=None)
+    own = BackgroundWriter(ProcessGroup(), is_asked_for=None)
     monkeypatch.setattr(background, "copied_bytes", lambda tensors, is_main: 100)
     monkeypatch.setattr(background, "free_host_memory", lambda: free)
     assert own.is_used_for({"weight": SimpleNamespace(device=torch.device(device))}) is expected  # type: ignore[dict-item]
-    assert BackgroundWriter(ProcessGroup(), wanted=True).is_used_for(tensors(1))
+    assert BackgroundWriter(ProcessGroup(), is_asked_for=True).is_used_for(tensors(1))

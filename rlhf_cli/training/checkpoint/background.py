@@ -31,15 +31,15 @@ class BackgroundWriter:
 
     Args:
         processes: of the run.
-        wanted: whether to write in the background; None does so if tensors are on a GPU and the machine has memory for
-            the copy.
+        is_asked_for: whether to write in the background; None does so if tensors are on a GPU and the machine has
+            memory for the copy.
 
     Attributes:
         is_writing: whether something was begun whose end was not waited for; the same in all processes.
     """
 
-    def __init__(self, processes: ProcessGroup, wanted: bool | None) -> None:
-        self._processes, self._wanted = processes, wanted
+    def __init__(self, processes: ProcessGroup, is_asked_for: bool | None) -> None:
+        self._processes, self._is_asked_for = processes, is_asked_for
         self._thread: threading.Thread | None = None
         self.is_writing = False
         self._failure: Exception | None = None
@@ -47,9 +47,9 @@ class BackgroundWriter:
 
     def is_used_for(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these tensors are copied, to be written in the background."""
-        if self._wanted is None:
+        if self._is_asked_for is None:
             return not self._processes.any(not self._has_memory(tensors))
-        return self._wanted
+        return self._is_asked_for
 
     def _has_memory(self, tensors: Mapping[str, Tensor]) -> bool:
         if not any(tensor.device.type == "cuda" for tensor in tensors.values()):

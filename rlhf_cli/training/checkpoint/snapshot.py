@@ -68,10 +68,10 @@ class Snapshot:
     ) -> None:
         self._shapes = {name: tensors[name].shape for name in names if is_divided(tensors[name])}
         self._group = group
-        wanted = names if is_main else [name for name in names if name in self._shapes and is_part_of(group)]
+        copied = names if is_main else [name for name in names if name in self._shapes and is_part_of(group)]
         # To the CPU and in row-major order, also from there: `to` and `contiguous` alone would not copy.
         self._copies = {name: torch.empty_like(one, device="cpu", memory_format=torch.contiguous_format).copy_(one)
-                        for name, one in ((name, local(tensors[name].detach())) for name in wanted)}  # fmt: skip
+                        for name, one in ((name, local(tensors[name].detach())) for name in copied)}  # fmt: skip
 
     def take(self, name: str) -> Tensor:
         """Return a tensor, whole, and forget its copy; process 0 calls this in the order of the names."""
