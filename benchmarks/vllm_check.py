@@ -1,7 +1,7 @@
 """Run the vLLM engine for real, where a GPU and vLLM are: does it draw what the policy would, and how fast?
 
     .venv-vllm/bin/python benchmarks/vllm_check.py [--model MODEL] [--completions 256] [--tokens 256]
-    .venv-vllm/bin/python benchmarks/vllm_check.py --part vllm-server ...   # on two GPUs
+    .venv-vllm/bin/python benchmarks/vllm_check.py --part vllm-server ...   # on two GPUs, and vllm-sharded too
 
 1. `interface`: every name and parameter of docs/generation.md exists in the installed vLLM. Needs no GPU.
 2. `rollout`: a policy with a random LoRA adapter draws completions twice, with the adapter changed in between; the
@@ -13,6 +13,9 @@
 `--part vllm-server` starts `vllm serve` on the second GPU, and draws through `generation.vllm_server`: drift as above,
 the seconds of handing weights over, tokens per second, and the same requests again while the server is killed and
 started again.
+
+`--part vllm-sharded` runs `rlhf ppo` on two GPUs with `model.sharding: fsdp` and an engine in each process, and
+checkpoints in the background: drift and seconds of each step.
 
 Prints one JSON object. `--lacks PART` prints what the machine lacks for a part, and nothing else. Exit status 1 if a
 check failed.
@@ -30,6 +33,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -79,8 +83,9 @@ RELIED_ON = {
 """Object -> parameters that the package uses."""
 
 
-GPUS = {"vllm": 1, "vllm-server": 2}
+GPUS = {"vllm": 1, "vllm-server": 2, "vllm-sharded": 2}
 """Part -> GPUs that it needs: NCCL does not connect two processes on one."""
+_STEPS = 4
 
 
 def lacks(part: str) -> str:
@@ -135,7 +140,7 @@ def main() -> int:
     lacking = missing()
     report: dict[str, Any] = {"interface": lacking or "complete"}
     if torch.cuda.is_available():
-        report |= on_gpu(given) if given.part == "vllm" else on_server(given)
+        report |= {"vllm": on_gpu, "vllm-server": on_server, "vllm-sharded": on_shards}[given.part](given)
     else:
         report["rollout"] = "skipped: there is no GPU"
     print(json.dumps(report, indent=2))
@@ -236,6 +241,34 @@ def on_server(given: argparse.Namespace) -> dict[str, Any]:
         after, seconds = timed(lambda: vllm.generate(policy, requests))
         report |= {"seconds_with_restart": round(seconds, 1), "equal_after_restart": share_equal(drawn, after)}
     return report
+
+
+def on_shards(given: argparse.Namespace) -> dict[str, Any]:
+    """Run the command on two GPUs, with all its checks of weights; read drift and seconds from what it wrote."""
+    model = str(Path(given.model).resolve()) if Path(given.model).exists() else given.model
+    with tempfile.TemporaryDirectory(prefix="vllm-sharded-") as place:
+        folder = Path(place)
+        prompts = [{"prompt": f"Write a story about the number {row}."} for row in range(64)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts), encoding="utf-8")
+        (folder / "rate.py").write_text("def score(prompts, completions):\n    return [len(c) for c in completions]\n")
+        changes = {
+            "model.sharding": "fsdp", "model.precision": "bfloat16", "generation.engine": "vllm",
+            "generation.gpu_memory_utilization": given.memory, "data.holdout": 0, "ppo.steps": _STEPS,
+            "ppo.prompts_per_step": given.completions // 8, "ppo.samples_per_prompt": 8, "ppo.checkpoint_steps": 1,
+            "ppo.max_new_tokens": given.tokens, "ppo.reward_scale": 0.01,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "rlhf_cli", "ppo", "--processes", "2", "--model", model]
+        command += ["--prompts", "prompts.jsonl", "--function", "rate.py:score", "--run-dir", "run"]
+        command += [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+        subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+        rows, times = (
+            [json.loads(line) for line in (folder / "run" / "ppo" / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("metrics", "timing")
+        )
+    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    report |= {"drift_kl": [row["generation/drift_kl"] for row in rows if row["step"]]}
+    phases = ("time/rollout", "time/update", "time/checkpoint")
+    return report | {name: [row.get(name) for row in times if row["step"]] for name in phases}
 
 
 def on_gpu(given: argparse.Namespace) -> dict[str, Any]:

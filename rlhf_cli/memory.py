@@ -89,5 +89,24 @@ def machine_memory(device: str = "cpu") -> int:
     return min(allowed)
 
 
+def free_host_memory() -> int:
+    """Return the memory that this process can still take on this machine, in bytes; what caches files counts as free.
+
+    A container may allow less than the machine has.
+    """
+    import psutil  # a dependency of accelerate
+
+    free = psutil.virtual_memory().available
+    group = _LIMITS[0].parent
+    try:
+        limit = int(_LIMITS[0].read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("file "))
+    except (OSError, ValueError, StopIteration):  # no such group, or "max"
+        return free
+    return min(free, limit - used + cached)
+
+
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files of Linux with the limit of this process's group, in bytes."""

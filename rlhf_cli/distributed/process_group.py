@@ -38,7 +38,7 @@ LISTENER = "RLHF_LISTENER"
 
 # One process may work for hours (hashing, reading data, calling a judge) while the others wait. If it dies, the
 # launcher ends their wait; a time limit would end waits that are in order.
-_TIMEOUT = timedelta(days=30)
+TIMEOUT = timedelta(days=30)
 
 
 class ProcessGroup:
@@ -190,7 +190,7 @@ def join() -> None:
         int(os.environ["MASTER_PORT"]),
         world_size(),
         is_master=index == 0,
-        timeout=_TIMEOUT,
+        timeout=TIMEOUT,
         master_listen_fd=int(listener) if index == 0 else None,
     )
     _initialize(store)
@@ -203,7 +203,7 @@ def _initialize(store: Store) -> None:
     # Windows and custom builds have GPUs without NCCL; gloo then also sends tensors of the GPU.
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=_TIMEOUT)
+    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
 
 
 def leave() -> None:

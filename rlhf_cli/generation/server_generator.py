@@ -7,7 +7,7 @@ after it got the weights again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,15 @@ from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_draw import Draw, Drawn, PendingDraw
-from rlhf_cli.generation.vllm_generator import PROBE, Obstacle, check_probabilities, finite, obstacle, probe_requests
+from rlhf_cli.generation.vllm_generator import (
+    PROBE,
+    Obstacle,
+    check_probabilities,
+    finish,
+    finite,
+    obstacle,
+    probe_requests,
+)
 from rlhf_cli.generation.vllm_server import CLIENT, LostError, VLLMServer, client_version
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
@@ -268,7 +276,7 @@ class VLLMServerGenerator:
                 return {"lost": str(error)}
             finally:
                 if is_sharded(model):  # the other processes gather what was not sent, too
-                    _finish(weights)
+                    finish(weights)
         self._holds = weakref.ref(policy)
         return {"weights": self._server.weights}
 
@@ -278,12 +286,7 @@ class VLLMServerGenerator:
             return
         with policy.model() as model:
             if is_sharded(model):
-                _finish(merged_weights(model))
-
-
-def _finish(weights: Iterator[object]) -> None:
-    for _ in weights:
-        pass
+                finish(merged_weights(model))
 
 
 def _completion(policy: Policy, drawn: Drawn) -> Completion:

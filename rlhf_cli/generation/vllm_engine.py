@@ -25,6 +25,8 @@ from rlhf_cli.distributed.process_group import join
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.memory import free_memory
+from rlhf_cli.models.sharding import class_of
 
 SUPPORTED = "0.32"
 """The series of vLLM whose interface this module knows; vLLM changes it between series."""
@@ -118,6 +120,7 @@ class Engine:
         What the old weights left in the prefix cache is forgotten.
         """
         if self.is_asleep:
+            free_memory()  # what torch keeps of the update's memory is lost to vLLM's pool
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
@@ -189,7 +192,7 @@ def shape_of(config: PretrainedConfig, dtype: torch.dtype) -> str:
 def _write_config(model: PreTrainedModel, folder: Path) -> None:
     """Write `config.json`: all that vLLM has to read from a folder."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [class_of(model).__name__]
     vars(config).pop("quantization_config", None)  # of the checkpoint; it was undone when the model was loaded
     config.save_pretrained(folder)
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_cli.distributed.agreement import agreed
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError, RLHFError, is_raised_here
 from rlhf_cli.generation.generator import Completion, Request
@@ -27,11 +29,11 @@ from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.generation.vllm_engine import SUPPORTED, Engine, has_architecture, installed_version, shape_of
-from rlhf_cli.memory import is_out_of_memory
+from rlhf_cli.memory import is_out_of_memory, machine_memory
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.quantize import quantized
-from rlhf_cli.models.sharding import class_of, computing
+from rlhf_cli.models.sharding import class_of, computing, is_sharded
 from rlhf_cli.settings.shared import GenerationSettings
 
 _LOWEST_TEMPERATURE = 0.01
@@ -56,6 +58,23 @@ class Obstacle:
 
     reason: str
     fix: str = TORCH
+
+
+def too_large(policy: Policy, share: float) -> Obstacle | None:
+    """Return that vLLM's share of the device's memory cannot hold the policy; None if it can hold its weights at least.
+
+    An engine has whole weights, also those of a sharded policy.
+    """
+    with policy.model() as model:
+        needed = model.num_parameters() * policy.source.precision.itemsize
+    memory = machine_memory(policy.source.device.type)
+    if needed <= share * memory:
+        return None
+    return Obstacle(
+        f"its weights take {needed / 1e9:,.1f} GB, and `generation.gpu_memory_utilization: {share:g}` of "
+        f"{memory / 1e9:,.1f} GB is less",
+        f"give vllm a larger share, use a server (`generation.vllm_server`), or {TORCH}",
+    )
 
 
 def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
@@ -93,6 +112,10 @@ class VLLMGenerator:
     A process can have one engine, so all generators of a process share it. It sleeps while the policy trains, and after
     `Policy.release`; its memory is then free but for CUDA graphs. Weights are handed over before the first completion
     and after every sleep.
+
+    Of a sharded policy every engine gets the whole weights, gathered one layer after another, so all processes of the
+    run draw at the same time, also for no requests. An engine that fails while it starts, takes weights or is checked
+    is an error in all of them.
 
     Args:
         settings: section `generation` of the recipe.
@@ -134,7 +157,7 @@ class VLLMGenerator:
             ModelError: a prompt is empty, or vLLM fails.
             DivergedError: the policy's log-probabilities are not finite.
         """
-        if not requests:
+        if not requests and not _is_shared(policy):
             return []
         if not all(request.prompt_ids for request in requests):
             raise ModelError(
@@ -147,11 +170,13 @@ class VLLMGenerator:
             progress(ended)
             stop()
 
-        needed = max(len(request.prompt_ids) for request in requests) + policy.sampling.max_new_tokens
-        engine = self._loaded(policy, needed)
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        engine = self._loaded(policy, longest + policy.sampling.max_new_tokens)
         try:
-            with self._explained("sampling"):
-                outputs = engine.run(requests, policy.sampling, policy.stop_ids, after_step)
+            outputs = []
+            if requests:
+                with self._explained("sampling"):
+                    outputs = engine.run(requests, policy.sampling, policy.stop_ids, after_step)
         finally:
             self._rest(policy)
         return [_completion(policy, output) for output in outputs]
@@ -159,19 +184,31 @@ class VLLMGenerator:
     def _loaded(self, policy: Policy, needed: int = 0) -> Engine:
         """Return the engine with the weights of a policy, awake."""
         with policy.model() as model:
-            engine = self._engine(policy, model, needed)
+            processes = ProcessGroup(policy.source.device) if is_sharded(model) else None
+            agreed(lambda: self._make(policy, model, needed), processes)
+            (engine,) = engines
             if engine.is_asleep or engine.holds() is not policy:
-                with self._explained("taking the policy's weights"):
-                    engine.load(merged_weights(model))
+                agreed(lambda: self._hand_over(model, engine), processes)
                 engine.holds = weakref.ref(policy)
             if policy not in self._checked:
-                self._check(policy, model, engine)
+                self._check(policy, model, engine, processes)
                 policy.at_release(engine.sleep)
                 self._checked.add(policy)
         return engine
 
-    def _engine(self, policy: Policy, model: PreTrainedModel, needed: int) -> Engine:
-        """Return the engine of this process; makes it if there is none."""
+    def _hand_over(self, model: PreTrainedModel, engine: Engine) -> None:
+        """Let the engine take the weights of a model."""
+        weights = merged_weights(model)
+        try:
+            with self._explained("taking the policy's weights"):
+                engine.load(weights)
+        except ModelError:
+            if is_sharded(model):  # the other processes gather the rest, too
+                finish(weights)
+            raise
+
+    def _make(self, policy: Policy, model: PreTrainedModel, needed: int) -> None:
+        """Make the engine of this process if there is none; raise `ModelError` if it cannot serve the policy."""
         dtype, longest = policy.source.precision, context_length(policy.config)
         shape = shape_of(policy.config, dtype)
         length = min(longest, max(needed, self._longest_prompt + policy.sampling.max_new_tokens))
@@ -186,18 +223,22 @@ class VLLMGenerator:
                 "engine",
                 hint=f"run this stage by a command of its own, or {TORCH}",
             )
-        return engine
 
     def _rest(self, policy: Policy) -> None:
         """Give the memory back while the policy trains."""
         for engine in engines if policy.may_change else ():
             engine.sleep()
 
-    def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine) -> None:
-        requests = probe_requests(policy)
-        with self._explained("sampling"):
-            outputs = engine.run(requests, PROBE, (), lambda ended: beat())
-        check_probabilities(policy, model, requests, [(list(one.token_ids), _logprobs(one)) for one in outputs])
+    def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine, processes: ProcessGroup | None) -> None:
+        requests, drawn = probe_requests(policy), list[tuple[list[int], list[float]]]()
+
+        def draw() -> None:
+            with self._explained("sampling"):
+                outputs = engine.run(requests, PROBE, (), lambda ended: beat())
+            drawn.extend((list(one.token_ids), _logprobs(one)) for one in outputs)
+
+        agreed(draw, processes)
+        agreed(lambda: check_probabilities(policy, model, requests, drawn), processes)
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -213,6 +254,20 @@ class VLLMGenerator:
                 f"vllm failed while {what}: {type(error).__name__}: {reason}",
                 hint=f"{TORCH}, or, if it is about memory, another `generation.gpu_memory_utilization` than {share:g}",
             ) from error
+
+
+def _is_shared(policy: Policy) -> bool:
+    """Whether each process holds a part of a policy, as of one that trains with `model.sharding: fsdp`."""
+    if not policy.may_change:
+        return False
+    with policy.model() as model:
+        return is_sharded(model)
+
+
+def finish(weights: Iterator[object]) -> None:
+    """Take part in gathering the weights that nothing takes here."""
+    for _ in weights:
+        pass
 
 
 def probe_requests(policy: Policy) -> list[Request]:

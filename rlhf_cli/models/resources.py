@@ -9,6 +9,9 @@ Memory is in bytes, by phase and role. `--dry-run` and `rlhf plan` read the same
     save      on a CPU: weights in float32, and the copy that is written, or read back to be compared; sharded ones are
               written and compared where they are
 
+With `checkpoint_async: true` on a CPU, each phase of training has the copy from which a checkpoint is written. On a GPU
+that copy is in host memory, which is not counted.
+
 With `model.sharding: fsdp`, weights, gradients and moments are divided among the processes, or with
 `model.sharding_size` among those of a group, and each gathers what it computes with; the pass over a micro-batch stays
 whole. With `model.sharding_cpu_offload` they are in host memory, which is not counted.

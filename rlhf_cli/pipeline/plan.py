@@ -39,6 +39,7 @@ from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.sharding import check_groups, check_sharding
+from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Reading, Workload
 
 if TYPE_CHECKING:
@@ -220,6 +221,9 @@ class _StagePlanner:
             predicted = self._target.predict(section, recipe, extent, workload)
             notes = self._target.notes(recipe, extent, workload)
             workload = replace(workload, notes=(*workload.notes, *notes))
+        if copied := host_copy(recipe, extent, workload.trained):
+            note = f"the copy of a checkpoint takes up to {copied / 1e9:,.1f} GB of host memory on each machine"
+            workload = replace(workload, notes=(*workload.notes, note))
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
         advice: Sequence[Advice] = ()
         if memory is not None and memory.total > self._limit:

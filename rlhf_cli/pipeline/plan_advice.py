@@ -82,6 +82,9 @@ def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -
         name = "sharding_cpu_offload"
         offloaded = _of_model(f"model.{name}", {name: True}, "true", settings, recipe, extent)
         yield replace(offloaded, keeps_result=True)
+    if recipe.checkpoint_async and extent.on_cpu:
+        waits = recipe.model_copy(update={"checkpoint_async": False})
+        yield _Changed("checkpoint_async=false", settings, waits, extent)
     if model.precision == "float32" and model.dtype != "float32":
         yield _of_model("model.precision", {"precision": "bfloat16"}, "bfloat16", settings, recipe, extent)
     if not extent.on_cpu and model.quantize == "none" and is_lora:

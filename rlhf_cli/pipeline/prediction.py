@@ -185,7 +185,8 @@ class Predictor:
         if server is not None:
             network = work.calls * self.transfer(shape)
         elif parts > 1:
-            network = self._collective(work.calls * self._number_bytes * shape.weights, parts)
+            held = FLOAT32 if self._is_vllm and self.is_full else self._number_bytes
+            network = self._collective(work.calls * held * shape.weights, parts)
         return Took(prefill + max(memory, decode) + network, prefill + decode, memory, network)
 
     def transfer(self, shape: ModelShape) -> float:

@@ -39,6 +39,10 @@ class RunSettings(Section):
     """Metric trackers in addition to `metrics.jsonl`."""
     overopt: OveroptSettings | None = None
     """Settings of `rlhf overopt`; no stage reads them. Null is the same as a section with defaults."""
+    checkpoint_async: Annotated[bool | None, EffortOnly()] = None
+    """Write the training checkpoints of `sft`, `train_rm` and `ppo` in the background, from a copy in host memory,
+    while training goes on. Null does so if the models are on a GPU and the machine has free memory for the copy: 12
+    bytes per trained weight."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None
     """Seconds without progress after which a stage prints its stack traces and ends; null waits forever."""
 

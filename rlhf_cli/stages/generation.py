@@ -70,9 +70,9 @@ def _chosen(
     if settings.vllm_server is not None:
         return _server(context, policies, processes)
     from rlhf_cli.generation.vllm_engine import installed_version
-    from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle
+    from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle, too_large
 
-    found = obstacle(policies)
+    found = obstacle(policies) or too_large(policies[0], settings.gpu_memory_utilization)
     if processes.any(found is not None):
         found = found or Obstacle("another process cannot use vllm")
     else:

@@ -33,8 +33,6 @@ def _unsupported_by_ppo(recipe: RunSettings) -> list[str]:
     """Return settings of PPO that sharded models do not support."""
     critic, start = recipe.value("ppo.critic"), recipe.value("ppo.critic_from")
     found = [f"ppo.offload_frozen: {recipe.value('ppo.offload_frozen')}"] if recipe.value("ppo.offload_frozen") else []
-    if recipe.generation.engine == "vllm" and recipe.generation.vllm_server is None:
-        found.append("generation.engine: vllm` without `generation.vllm_server")
     is_separate = critic != "head" and (critic == "separate" or recipe.value("ppo.adapter") == "none")
     if is_separate and start != "policy":
         found.append(

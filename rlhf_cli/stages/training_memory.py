@@ -1,4 +1,7 @@
-"""Memory of the supervised training stages, which train one model on micro-batches. Imports no torch."""
+"""Memory of the supervised training stages, which train one model on micro-batches, and of copies of checkpoints.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from dataclasses import dataclass
 
 from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.models.resources import Extent, frozen_bytes, moments, number_bytes, own_part, shards
-from rlhf_cli.settings.shared import ModelSettings, TrainingSettings
+from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class TrainingMemory:
 
     Attributes:
         weights: frozen and trained.
-        update: what an update needs besides.
+        update: what an update needs besides, and the copy of a checkpoint that is written meanwhile.
         tokens: of the largest micro-batch.
     """
 
@@ -25,19 +29,19 @@ class TrainingMemory:
 
 
 def training_memory(
-    settings: TrainingSettings, model: ModelSettings, extent: Extent, *, role: str, rank: int | None, longest: int
+    settings: TrainingSettings, recipe: RunSettings, extent: Extent, *, role: str, rank: int | None, longest: int
 ) -> TrainingMemory:
     """Return the memory of training a model.
 
     Args:
         settings: of the stage.
-        model: section `model`.
+        recipe: of the run.
         extent: of the stage.
         role: what its frozen weights are called.
         rank: of the adapter that is trained; None trains all weights.
         longest: most tokens of a record.
     """
-    shape, is_full = extent.shape, rank is None
+    shape, is_full, model = extent.shape, rank is None, recipe.model
     rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
     whole = settings.batch_size * longest
     tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
@@ -59,4 +63,31 @@ def training_memory(
         "activations": float(activations),
         "gathered": shape.gathered(size, trains=is_full) if shards(model, extent) > 1 else 0.0,
     }
+    update |= checkpoint_copy(recipe, extent, update["optimizer"] + own)
     return TrainingMemory({role: own_part(model, extent, frozen), "trained weights": own}, update, tokens)
+
+
+def checkpoint_copy(recipe: RunSettings, extent: Extent, size: float) -> dict[str, float]:
+    """Role of the copy from which a checkpoint is written in the background, where it is in the memory of the models.
+
+    Args:
+        recipe: of the run.
+        extent: of the stage.
+        size: bytes of trained weights and moments on a device.
+    """
+    return {"checkpoint copy": size} if recipe.checkpoint_async and extent.on_cpu else {}
+
+
+def host_copy(recipe: RunSettings, extent: Extent, trained: int) -> float:
+    """Bytes of host memory that the copy of a checkpoint takes on a machine with GPUs, at most.
+
+    Args:
+        recipe: of the run.
+        extent: of the stage.
+        trained: number of trained weights.
+    """
+    is_async = recipe.checkpoint_async
+    if is_async is False or extent.on_cpu or (is_async is None and recipe.model.sharding_cpu_offload):
+        return 0.0
+    parts = shards(recipe.model, extent)
+    return (FLOAT32 * trained + moments(trained)) * min(extent.machine or extent.processes, parts) / parts

@@ -5,7 +5,8 @@ A stage says what one step does (`TrainingTask`); everything around a step is he
   begin      seed, or resume from the newest whole checkpoint
   step       count steps that were skipped because something was not finite
   roll back  after three such steps in a row, once, to the last regular checkpoint, with half the learning rate
-  save       weights, optimizer, random states, loop state and log position, every `checkpoint_steps` and at the end
+  save       weights, optimizer, random states, loop state and log position, every `checkpoint_steps` and at the end;
+             a copy of them may be written in the background, until the next save or the end of the run
   stop       on a signal to any process, or because the task says so, after saving the step that was running; without
              the server that samples, after saving the step before
 
@@ -27,6 +28,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DivergedError, RLHFError, ServerLostError
 from rlhf_cli.files import write_whole
+from rlhf_cli.training.checkpoint.background import BackgroundWriter
 from rlhf_cli.training.checkpoint.store import (
     Checkpoint,
     latest_checkpoint,
@@ -87,10 +89,12 @@ class TrainingLoop:
         log: makes the metrics log, from the arguments of `MetricsLog`.
         watch: times the steps; it may have timed an evaluation before.
         peak: operations per second that the device of one process can do; None is not known.
+        checkpoint_async: write checkpoints in the background; None decides, see `BackgroundWriter`.
 
     Attributes:
         state: what the loop remembers.
         watch: see above.
+        writer: of checkpoints in the background; None if they are written before the training goes on.
     """
 
     def __init__(
@@ -110,7 +114,9 @@ class TrainingLoop:
         log: Callable[..., MetricsLog] = MetricsLog,
         watch: StepWatch | None = None,
         peak: float | None = None,
+        checkpoint_async: bool | None = False,
     ) -> None:
+        self.writer = None if checkpoint_async is False else BackgroundWriter(processes, checkpoint_async)
         self.state = LoopState()
         self.watch = watch or StepWatch(guess=task.phases, alike=task.alike)
         self._peak = None if peak is None else peak * processes.count
@@ -126,6 +132,7 @@ class TrainingLoop:
         """Run all steps, from the newest whole checkpoint if there is one; the task then has its final weights.
 
         Raises:
+            DiskError: a checkpoint could not be written; the one before is intact.
             DivergedError: training diverged again after a roll-back, or had no checkpoint to roll back to.
             DetectorStopError: a detector of the task stopped the run; the last step is saved.
             ServerLostError: a step could not sample; the step before is saved.
@@ -138,7 +145,10 @@ class TrainingLoop:
             with progress.task(self._label, self._steps, "steps", done=resumed or 0) as bar:
                 self.watch.show_on(bar)
                 self._run_steps(resumed, bar)
+                self._wait_for_writer()
         except Exception as error:
+            if self.writer is not None:
+                self.writer.finish()
             self._record_end(error)
             raise
         finally:
@@ -169,6 +179,8 @@ class TrainingLoop:
         if self._is_cut_short:
             self._end_at(step)
         while step < self._steps and not self._task.has_ended:
+            if self.writer is not None:
+                self.writer.check()
             watch.begin_step(self._steps - step)
             try:
                 report = self._step(step)
@@ -184,7 +196,8 @@ class TrainingLoop:
             halt = self._task.halt
             if self._stop.requested or halt is not None:
                 if not self._is_due(step):
-                    self._save(step)
+                    self._save(step, ends=True)
+                self._wait_for_writer()
                 self._stop.check()
             if halt is not None:
                 raise halt
@@ -204,7 +217,8 @@ class TrainingLoop:
             return self._task.step(step, self.watch)
         except ServerLostError:
             if not self._is_due(step):
-                self._save(step)
+                self._save(step, ends=True)
+            self._wait_for_writer()
             progress.say(f"{self._label}: {step:,} of {self._steps:,} steps are saved")
             raise
 
@@ -233,11 +247,24 @@ class TrainingLoop:
 
     def _is_due(self, step: int) -> bool:
         """Whether a regular checkpoint is due: never among bad steps, so that a roll-back goes to before them."""
-        is_last = step == self._steps or self._task.has_ended
-        return is_last or (self.state.bad_steps == 0 and step % self._checkpoint_steps == 0)
+        return self._is_last(step) or (self.state.bad_steps == 0 and step % self._checkpoint_steps == 0)
 
-    def _save(self, step: int) -> None:
-        """Write a checkpoint; all processes call this together."""
+    def _is_last(self, step: int) -> bool:
+        return step == self._steps or self._task.has_ended
+
+    def _wait_for_writer(self) -> None:
+        """Wait for the checkpoint that is written in the background; all processes call this together."""
+        if self.writer is not None and self.writer.is_writing:
+            with self.watch.phase("checkpoint", "saving"):
+                self.writer.wait()
+
+    def _save(self, step: int, *, ends: bool = False) -> None:
+        """Write a checkpoint; all processes call this together.
+
+        Args:
+            step: steps done.
+            ends: the run ends with it, so there is nothing to go on with while it is written.
+        """
         if self._is_due(step):
             self.state.anchor = step
         task, processes = self._task, self._processes
@@ -248,6 +275,9 @@ class TrainingLoop:
             "log": self._logger.position(),
             "steps": self._steps,
         }
+        is_last = ends or self._is_last(step)
+        if is_last:
+            self._wait_for_writer()
         with self.watch.phase("checkpoint", "saving"):
             save_checkpoint(
                 self._work,
@@ -257,6 +287,7 @@ class TrainingLoop:
                 keep=self._keep_checkpoints,
                 protected={self.state.anchor, *task.kept_steps},
                 processes=processes,
+                writer=None if is_last else self.writer,
             )
 
     def _resume(self) -> int | None:
@@ -274,6 +305,7 @@ class TrainingLoop:
 
     def _roll_back(self, step: int, error: DivergedError) -> int:
         """Restore the last regular checkpoint and return its step, once; the second time, raise `DivergedError`."""
+        self._wait_for_writer()
         checkpoint = None
         if not self.state.rolled_back:
             checkpoint = latest_checkpoint(self._work, up_to=self.state.anchor, processes=self._processes)

@@ -104,19 +104,22 @@ def test_a_section_without_time_left_does_not_run_and_is_said(tmp_path):
     assert "| sft | **no time left** |" in report
 
 
+VLLM = ("vllm", "vllm-server", "vllm-sharded")
+
+
 def test_vllm_alone_says_what_the_machine_lacks(tmp_path):
     python = stub(tmp_path)
     real = f'    *--lacks*) exec {sys.executable} "$@" ;;\n    *find_spec*'
     python.write_text(python.read_text(encoding="utf-8").replace("    *find_spec*", real), encoding="utf-8")
     status, sections, report = run(tmp_path, python, "--vllm", "--smoke")
-    assert list(sections) == ["environment", "models-1b", "vllm", "vllm-server"]
+    assert list(sections) == ["environment", "models-1b", *VLLM]
     if importlib.util.find_spec("vllm") is None:
         assert status == 0
-        assert {sections[name]["reason"] for name in ("vllm", "vllm-server")} == {"vllm is not installed"}
-        assert "| vllm-server | vllm is not installed |" in report
+        assert {sections[name]["reason"] for name in VLLM} == {"vllm is not installed"}
+        assert "| vllm-sharded | vllm is not installed |" in report
 
 
-def test_vllm_alone_runs_both_parts_where_nothing_is_lacking(tmp_path):
+def test_vllm_alone_runs_all_parts_where_nothing_is_lacking(tmp_path):
     status, sections, _ = run(tmp_path, stub(tmp_path), "--vllm")
     assert status == 0
-    assert [sections[name]["status"] for name in ("vllm", "vllm-server")] == ["0", "0"]
+    assert [sections[name]["status"] for name in VLLM] == ["0", "0", "0"]

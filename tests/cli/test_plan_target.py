@@ -140,8 +140,7 @@ def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsy
      (("--gpu", "h100", "--gpus", "9", "--nodes", "2"), "9 GPUs cannot be divided among 2 nodes"),
      (("--gpu", "h100", "--server-gpus", "8"), "`--server-gpus` needs `generation.vllm_server`"),
      (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp", "--set", "generation={}", "--set",
-       "model.sharding_size=3"), "makes groups of 3 processes, and 8 processes"),
-     (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp"), "does not support `generation.engine: vllm`")],
+       "model.sharding_size=3"), "makes groups of 3 processes, and 8 processes")],
 )  # fmt: skip
 def test_what_is_wrong_with_the_machines_is_said(arguments, message, small: Path, rlhf_here):
     code, said = rlhf_here("plan", small, *arguments)

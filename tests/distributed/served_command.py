@@ -1,6 +1,7 @@
-"""Run as a script by each process of a launch: the `rlhf` command with a vLLM server, a stand-in in process 0.
+"""Run as a script by each process of a launch: the `rlhf` command with stand-ins for vLLM.
 
-`served_command.py MODEL ARGUMENTS...`: the server has the architecture of MODEL.
+`served_command.py MODEL ARGUMENTS...`: a server in process 0, which has the architecture of MODEL; with `-` in place of
+MODEL each process has an engine.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 
 from rlhf_cli import cli
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.generation import server_generator
+from rlhf_cli.generation import server_generator, vllm_generator
 from tests.generation import server_stand_in, vllm_stand_in
 
 
@@ -20,10 +21,14 @@ def main() -> int:
     patch, processes = pytest.MonkeyPatch(), ProcessGroup()
     vllm_stand_in.install(patch)
     server_stand_in.install_client(patch)
-    patch.setattr(server_generator, "obstacle", lambda policies: None)  # the device is a CPU
-    server = server_stand_in.StandIn(Path(sys.argv[1])) if processes.is_main else None
-    url = processes.all_gather_object(None if server is None else server.url)[0]
-    sys.argv = ["rlhf", *sys.argv[2:], "--set", f"generation.vllm_server={url}"]
+    for module in (server_generator, vllm_generator):
+        patch.setattr(module, "obstacle", lambda policies: None)  # the device is a CPU
+    model, setting = sys.argv[1], "generation.engine=vllm"
+    if model != "-":
+        server = server_stand_in.StandIn(Path(model)) if processes.is_main else None
+        url = processes.all_gather_object(None if server is None else server.url)[0]
+        setting = f"generation.vllm_server={url}"
+    sys.argv = ["rlhf", *sys.argv[2:], "--set", setting]
     return cli.main()
 
 

@@ -8,24 +8,33 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup, leave
+from rlhf_cli.distributed.signals import StopRequest
+from rlhf_cli.errors import Interrupted, ModelError
+from rlhf_cli.files import hash_file
+from rlhf_cli.generation import vllm_generator
 from rlhf_cli.generation.generator import Generator
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_generator import VLLMServerGenerator
+from rlhf_cli.generation.vllm_generator import PROBE as PROBE_REQUESTS
 from rlhf_cli.models import sharding
 from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.reward_model.files import save_reward_model
 from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.models.sharding import local, whole
@@ -41,7 +50,7 @@ from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOTrainer
 from tests.distributed.sharded_helpers import copies, difference, one_process
 from tests.generation import server_stand_in, vllm_stand_in
-from tests.stops import NeverStop
+from tests.stops import NeverStop, StopAtCheck
 
 Draws = Callable[[Policy], Generator | None]
 TEXTS = ["The cat sat", "Why is the sky blue?", "so", "Bread"]
@@ -73,6 +82,7 @@ class Run:
     def __init__(
         self, model: Path, given: PPOSettings, work: Path, *, is_sharded: bool,
         reward: str | None = None, draws: Draws = lambda policy: None, size: int | None = None, offloads: bool = False,
+        stop: StopRequest = NeverStop(), checkpoint_async: bool = False,  # noqa: B008  (it has no state)
     ) -> None:  # fmt: skip
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
@@ -93,8 +103,9 @@ class Run:
             models, source, given, work / "steps", self.policy.sampling, self.policy.stop_ids, lambda folder: None
         )
         PPOTrainer(
-            models, passes, data, self._reward, given, policy=self.policy, seed=0, work=work, stop=NeverStop(),
+            models, passes, data, self._reward, given, policy=self.policy, seed=0, work=work, stop=stop,
             generator=draws(self.policy), save_policy=lambda step: steps.save(step, PROBE) if saves else None,
+            checkpoint_async=checkpoint_async,
         ).train()  # fmt: skip
         lines = (work / "metrics.jsonl").read_text().splitlines() if processes.is_main else ["{}"]
         self.score = json.loads(lines[-1]).get("eval/objective/scores", 0.0)
@@ -168,6 +179,104 @@ def server(model: Path, adapter: str, folder: Path) -> dict[str, object]:
     return found
 
 
+class Kept(vllm_stand_in.LLM):
+    """Compares what it is given with the whole weights, and notes the seeds of its requests."""
+
+    policy: Callable[[], AbstractContextManager[PreTrainedModel]]
+    off = 0.0
+
+    def collective_rpc(self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None) -> list[None]:
+        super().collective_rpc(method, timeout, args, kwargs)
+        with Kept.policy() as model:
+            whole_weights = dict(merged_weights(model))
+        own = self.model.state_dict()
+        assert whole_weights.keys() == set(self.names)
+        Kept.off = max(Kept.off, *(float((own[name] - one).abs().max()) for name, one in whole_weights.items()))
+        return []
+
+    def seeds(self) -> list[int]:
+        return [one.seed for one in self.parameters if one.max_tokens != PROBE_REQUESTS.max_new_tokens]
+
+
+def colocated(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """An engine in each process draws; the run is interrupted after half of the steps, and resumes with new engines."""
+    patch, given, processes = pytest.MonkeyPatch(), settings(adapter, importance_cap=2.0), ProcessGroup()
+    vllm_stand_in.install(patch)
+    patch.setattr(sys.modules["vllm"], "LLM", Kept)
+    patch.setattr(Kept, "off", 0.0)
+
+    def refused(model: object) -> None:
+        raise AssertionError("a process gathered the whole policy")
+
+    patch.setattr(rollout, "gathered", refused)
+
+    def draws(policy: Policy) -> Generator:
+        Kept.policy = policy.model
+        vllm_generator.engines.clear()
+        vllm_stand_in.LLM.made.clear()
+        made = vllm_generator.VLLMGenerator(GenerationSettings(), longest_prompt=32)
+        made.start(policy)
+        return made
+
+    def run(place: str, *, is_sharded: bool, stop: StopRequest | None = None) -> Run:
+        return Run(
+            model, given, folder / place, is_sharded=is_sharded, draws=draws, stop=stop or NeverStop(),
+            checkpoint_async=is_sharded,
+        )  # fmt: skip
+
+    with pytest.raises(Interrupted):
+        run("two", is_sharded=True, stop=StopAtCheck(STEPS // 2))
+    engines = [vllm_stand_in.LLM.made[0]]
+    together = run("two", is_sharded=True)
+    engines += vllm_stand_in.LLM.made
+    seeds = processes.all_gather_object([seed for engine in engines for seed in engine.seeds()])
+    calls = [list(engine.calls) for engine in engines]
+    off = max(processes.all_gather_object(Kept.off))
+    failed = failing_in_one(together, processes)
+    single = run(f"one-{processes.index}", is_sharded=False)
+    drawn = vllm_stand_in.LLM.made[0].seeds()
+    rows = [json.loads(line) for line in (folder / "two" / "metrics.jsonl").read_text().splitlines()]
+    patch.undo()
+    return compared(together, single) | {
+        "off": off,
+        "seeds": sorted(seed for own in seeds for seed in own) == sorted(drawn),
+        "both_draw": all(seeds),
+        "calls": calls,
+        "architectures": engines[0].config.architectures,
+        "drift": max(abs(row["generation/drift_max"]) for row in rows if "generation/drift_max" in row),
+        "failed": failed,
+    }
+
+
+def failing_in_one(together: Run, processes: ProcessGroup) -> list[str]:
+    """What every process says where the engine of the last one fails while it takes weights."""
+
+    def take(method: str, kwargs: dict[str, Iterator[object]]) -> None:
+        for _ in kwargs["weights_iterator"]:
+            if processes.index == processes.count - 1:
+                raise RuntimeError("no memory for more")
+
+    engine = vllm_generator.VLLMGenerator(GenerationSettings(), longest_prompt=32)
+    (llm,) = vllm_stand_in.LLM.made
+    llm.collective_rpc = take  # type: ignore[method-assign]
+    try:
+        engine.generate(together.policy, [])
+    except ModelError as error:
+        return processes.all_gather_object(error.message)
+    return []
+
+
+def saves(model: Path, adapter: str, folder: Path) -> dict[str, object]:
+    """Checkpoints that are written in the background have the bytes of those that are not."""
+    files = []
+    for place, is_async in (("waits", False), ("goes-on", True)):
+        given = settings(adapter, checkpoint_steps=1, keep_checkpoints=STEPS)
+        run = Run(model, given, folder / place, is_sharded=True, checkpoint_async=is_async)
+        found = [path for step in range(STEPS + 1) for path in sorted((run.work / f"step-{step:08d}").glob("*"))]
+        files.append({str(path.relative_to(run.work)): hash_file(path) for path in found})
+    return {"files": len(files[0]), "equal": files[0] == files[1]}
+
+
 def both(model: Path, adapter: str, folder: Path, given: PPOSettings, **options: object) -> tuple[Run, Run]:
     """Sharded over all processes, and whole in each one."""
     together = Run(model, given, folder / "two", is_sharded=True, **options)  # type: ignore[arg-type]
@@ -206,16 +315,17 @@ def offload(model: Path, adapter: str, folder: Path) -> dict[str, object]:
 
 
 def hybrid(model: Path, adapter: str, folder: Path) -> dict[str, object]:
-    """Groups of two; every gradient is clipped."""
-    given = settings(adapter, max_grad_norm=1e-3, save_steps=STEPS // 2)
-    together, single = both(model, adapter, folder, given, size=2)
+    """Groups of two; every gradient is clipped. The checkpoint before the last one is written in the background."""
+    half = STEPS // 2
+    given = settings(adapter, max_grad_norm=1e-3, save_steps=half, checkpoint_steps=half)
+    together, single = both(model, adapter, folder, given, size=2, checkpoint_async=True)
     found = compared(together, single)
     together.loaded.models.save_critic(folder / "critic")  # reads it back, each process its part
     with together.loaded.models.policy() as policy:
         weights = list(policy.parameters())
         found["held"] = sum(local(one).numel() for one in weights) / sum(one.numel() for one in weights)
     if ProcessGroup().is_main:
-        checkpoints = [run.work / f"step-{STEPS:08d}" / "tensors.safetensors" for run in (together, single)]
+        checkpoints = [run.work / f"step-{half:08d}" / "tensors.safetensors" for run in (together, single)]
         found |= {"checkpoint": difference(*map(load_file, checkpoints)), "saved": saved(together, single)}
         rows = [(run.work / "metrics.jsonl").read_text().splitlines()[-1] for run in (together, single)]
         norms = [json.loads(row)["policy/grad_norm"] for row in rows]
@@ -225,6 +335,8 @@ def hybrid(model: Path, adapter: str, folder: Path) -> dict[str, object]:
 
 CASES: dict[str, Callable[[Path, str, Path], dict[str, object]]] = {
     "server": server,
+    "colocated": colocated,
+    "saves": saves,
     "save": save,
     "head": head,
     "offload": offload,

@@ -177,7 +177,6 @@ def recipe(**more: dict) -> Recipe:
         ({"train_rm": {"data": "x.jsonl", "optimizer": "adamw-8bit"}}, "train-rm", "`train_rm.optimizer: adamw-8bit`"),
         ({"ppo": {"adapter": "none"}}, "ppo", "set `ppo.critic_from: policy`"),
         ({"ppo": {"offload_frozen": True}}, "ppo", "does not support `ppo.offload_frozen: True`"),
-        ({"ppo": {}, "generation": {"engine": "vllm"}}, "ppo", "does not support `generation.engine: vllm`"),
     ],
 )
 def test_what_is_not_supported_is_refused_before_a_stage_runs(more: dict, stage: str, message: str):

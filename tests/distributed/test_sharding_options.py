@@ -26,8 +26,11 @@ from tests.preloaded import start
 __all__ = ["server_of", "vllm"]
 
 SERVER = ("server-llama-lora", "server-llama-none")
+COLOCATED = ("colocated-llama-lora", "colocated-llama-none")
 SAVE = ("save-llama-lora", "save-llama-none")
-CASES = (*SERVER, *SAVE, "head-llama-lora", "head-llama-none", "offload-llama-lora", "offload-llama-none")
+SAVES = ("saves-llama-lora", "saves-llama-none")
+OTHERS = ("head-llama-lora", "head-llama-none", "offload-llama-lora", "offload-llama-none")
+CASES = (*SERVER, *COLOCATED, *SAVE, *OTHERS)
 HYBRID = ("hybrid-llama-lora", "hybrid-llama-none")
 
 
@@ -59,7 +62,7 @@ def run(folder: Path, cases: tuple[str, ...], processes: int) -> dict[str, dict]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return run(tmp_path_factory.mktemp("options"), CASES, 2)
+    return run(tmp_path_factory.mktemp("options"), (*CASES, *SAVES), 2)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,32 @@ def test_a_server_gets_the_weights_before_each_rollout_also_after_it_was_lost(ca
     assert found[case]["is_shared"], "the reward model is an adapter on the sharded backbone"
 
 
+@pytest.mark.parametrize("case", COLOCATED)
+def test_an_engine_in_each_process_has_the_gathered_weights_before_each_rollout(case: str, found: dict[str, dict]):
+    """Also after the run was interrupted; no process ever gathers the whole policy at once."""
+    assert found[case]["off"] == 0.0
+    assert found[case]["seeds"], "the seeds are those of one process, each once"
+    assert found[case]["both_draw"]
+    before, after = found[case]["calls"]
+    taken = ["wake weights", "load", "reset", "wake kv_cache", "sleep 2"]
+    assert before == ["load", "reset", "sleep 2"] + taken * (1 + STEPS // 2), "for the start, an evaluation and steps"
+    assert after == ["load", "reset", "sleep 2"] + taken * (STEPS // 2 + 1)
+    assert found[case]["architectures"] == ["LlamaForCausalLM"], "vLLM finds its own class by this name"
+    assert found[case]["drift"] < 1e-3, "importance weights are computed"
+
+
+@pytest.mark.parametrize("case", COLOCATED)
+def test_an_engine_that_fails_in_one_process_is_an_error_in_all(case: str, found: dict[str, dict]):
+    own, other = found[case]["failed"]
+    assert own == other
+    assert "vllm failed while taking the policy's weights: RuntimeError: no memory for more" in own
+
+
+@pytest.mark.parametrize("case", SAVES)
+def test_checkpoints_of_shards_in_the_background_have_the_same_bytes(case: str, found: dict[str, dict]):
+    assert found[case] == {"files": 3 * STEPS, "equal": True}
+
+
 @pytest.mark.parametrize("case", SAVE)
 def test_policies_of_save_steps_are_those_of_one_process(case: str, found: dict[str, dict]):
     assert found[case]["folders"] == [str(STEPS // 2)]
@@ -96,10 +125,11 @@ def test_offloaded_models_name_the_device_on_which_they_compute(case: str, found
 
 
 @pytest.mark.slow
-def test_the_command_with_a_server_writes_what_one_process_writes(
-    rlhf_here, server_of, tiny_llama: Path, tmp_path: Path, monkeypatch
+@pytest.mark.parametrize("has_server", [True, False])
+def test_the_command_with_vllm_writes_what_one_process_writes(
+    has_server: bool, rlhf_here, vllm, server_of, tiny_llama: Path, tmp_path: Path, monkeypatch
 ):
-    """With policies of some steps, a critic head, and the group of a machine."""
+    """With policies of some steps, a critic head, the group of a machine, and checkpoints in the background."""
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(8)))
     (tmp_path / "rate.py").write_text("def score(p, c):\n    return [float(text.count('e')) for text in c]\n")
     changes = {
@@ -111,10 +141,13 @@ def test_the_command_with_a_server_writes_what_one_process_writes(
     pairs = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
     given = ["ppo", "--model", tiny_llama, "--prompts", "p.jsonl", "--function", "rate.py:score", *pairs]
     sharded = ["--set", "model.sharding=fsdp", "--set", "model.sharding_size=machine"]
-    launch("served_command.py", [tiny_llama, *given, *sharded, "--run-dir", "two"], 2, cwd=tmp_path)
-    monkeypatch.setattr("rlhf_cli.generation.server_generator.obstacle", lambda policies: None)
-    url = server_of(tiny_llama).url
-    code, said = rlhf_here(*given, "--set", f"generation.vllm_server={url}", "--run-dir", "one")
+    sharded += ["--set", "checkpoint_async=true", "--set", "ppo.checkpoint_steps=1"]
+    engine = tiny_llama if has_server else "-"
+    launch("served_command.py", [engine, *given, *sharded, "--run-dir", "two"], 2, cwd=tmp_path)
+    for module in ("server_generator", "vllm_generator"):
+        monkeypatch.setattr(f"rlhf_cli.generation.{module}.obstacle", lambda policies: None)
+    setting = f"generation.vllm_server={server_of(tiny_llama).url}" if has_server else "generation.engine=vllm"
+    code, said = rlhf_here(*given, "--set", setting, "--run-dir", "one")
     assert code == 0, said
     for name in ("model.safetensors", "steps/2/model.safetensors", "critic/value_head.safetensors"):
         two, one = (load_file(tmp_path / run / "ppo" / name) for run in ("two", "one"))

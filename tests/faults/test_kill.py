@@ -29,6 +29,19 @@ def test_killed_in_rollout_scoring_update_and_saving_ends_with_the_same_bytes(wh
     assert {"scoring", "update"} <= set(fell)
 
 
+def test_killed_while_checkpoints_are_written_in_the_background_ends_with_the_same_bytes(whole, parts, tmp_path: Path):
+    """`whole` waited for each checkpoint; the last one is never written in the background."""
+    run, fell = SmallRun.new(tmp_path / "killed", parts, {"checkpoint_async": True}), []
+    for step in (1, 2, 3):
+        process = run.start()
+        run.wait_for(process, "saving", step)
+        assert process.poll() is None, run.stderr
+        fell.append(run.kill(process))
+    end = run.run()
+    assert end.code == 0, end.stderr
+    assert run.digests() == whole.digests(), f"the kills fell in {fell}"
+
+
 def kill_after(run: SmallRun, process, seconds: float) -> str:
     time.sleep(seconds)
     return run.kill(process)

@@ -15,6 +15,7 @@ from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, SERVER_SHARE,
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.ppo.memory import ppo_memory
+from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Work, Workload, drawing
 
 SHAPE = ModelShape(
@@ -289,6 +290,54 @@ def test_vllm_takes_its_share_or_what_it_needs():
     assert memory(1, engine="vllm", share=0.5)["rollout"]["vLLM"] == 50_000
     least = 2 * 1_900 + KV * 100
     assert vllm_share(SHAPE, 0.01, Extent(SHAPE, device=100_000), 100) == least
+
+
+def test_vllm_holds_the_whole_policy_of_a_sharded_run_and_gets_it_layer_by_layer():
+    found = memory(2, sharding="fsdp", engine="vllm", share=0.5, adapter="none")["rollout"]
+    block = (1_900 - 800) // 2
+    assert found["vLLM"] == 50_000
+    assert found["gathered"] == (2 * block + 800) * 4, "in float32, before vLLM rounds it"
+    assert found["policy"] == 4 * 1_900 / 2
+    assert "gathered" not in memory(2, engine="vllm", share=0.5, adapter="none")["rollout"]
+
+
+def test_a_sharded_policy_is_gathered_as_it_is_trained_before_vllm_draws():
+    drawn = drawing(SHAPE, "rollout", [10], per_prompt=1, mean=5.0, longest=5, rows=1)
+    for engine, is_full, number in (("vllm", True, 4), ("vllm", False, 2), ("torch", True, 2)):
+        took = predictor(2, "fsdp", engine, is_full=is_full).took(drawn)
+        assert took.network == pytest.approx(ring(number * 1_900, 2))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_copy_of_a_checkpoint_is_counted_on_a_cpu_while_training_goes_on(adapter: str):
+    settings, extent = recipe(adapter=adapter), Extent(SHAPE, on_cpu=True, tokens=10, prompt=10)
+    wanted = settings.model_copy(update={"checkpoint_async": True})
+    before, after = (ppo_memory(one.section("ppo"), one, extent).phases for one in (settings, wanted))  # type: ignore[attr-defined]
+    for phase in ("rollout", "passes", "update"):
+        roles = after[phase]
+        trained = roles["policy"] + roles["critic"]
+        assert roles["checkpoint copy"] == trained + roles["optimizer"] == 3 * trained
+        assert roles.keys() - before[phase].keys() == {"checkpoint copy"}
+    assert after["save"] == before["save"]
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted", "processes", "machine", "expected"),
+    [
+        ({}, None, 1, 0, 12_000),
+        ({}, None, 8, 4, 12_000),  # process 0 alone copies
+        ({"sharding": "fsdp"}, None, 8, 4, 6_000),
+        ({"sharding": "fsdp", "sharding_size": 2}, None, 8, 4, 12_000),
+        ({"sharding": "fsdp", "sharding_cpu_offload": True}, None, 8, 4, 0),
+        ({"sharding": "fsdp", "sharding_cpu_offload": True}, True, 8, 4, 6_000),
+        ({}, False, 1, 0, 0),
+    ],
+)
+def test_host_memory_for_the_copy_of_a_checkpoint(model: dict, wanted: bool | None, processes, machine, expected):
+    settings = recipe().model_copy(update={"checkpoint_async": wanted})
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
+    assert host_copy(settings, Extent(SHAPE, processes=processes, machine=machine), 1_000) == expected
+    assert host_copy(settings, Extent(SHAPE, on_cpu=True), 1_000) == 0
 
 
 def test_a_micro_batch_has_at_most_the_own_sequences_of_a_process():

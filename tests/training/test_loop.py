@@ -72,7 +72,9 @@ class Walk(TrainingTask):
         report.metrics["count"] = float(self.count)
 
 
-def loop(task: Walk, work: Path, *, stop: StopAtStep | None = None, checkpoint_steps: int = 2) -> TrainingLoop:
+def loop(
+    task: Walk, work: Path, *, stop: StopAtStep | None = None, checkpoint_steps: int = 2, checkpoint_async: bool = False
+) -> TrainingLoop:
     work.mkdir(exist_ok=True)
     return TrainingLoop(
         task,
@@ -84,6 +86,7 @@ def loop(task: Walk, work: Path, *, stop: StopAtStep | None = None, checkpoint_s
         stop=stop or NeverStop(),
         processes=ProcessGroup(),
         hint="walk more slowly",
+        checkpoint_async=checkpoint_async,
     )
 
 

@@ -14,6 +14,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.progress import say, warn
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.state import Best
+from rlhf_cli.training.checkpoint.background import BackgroundWriter
 from rlhf_cli.training.checkpoint.store import best_checkpoint, save_best
 
 
@@ -31,13 +32,16 @@ class BestPolicy:
         self._budget, self._models = budget, models
         self._work, self._processes = work, processes
 
-    def after(self, step: int, metrics: Mapping[str, float], best: Best | None) -> Best | None:
+    def after(
+        self, step: int, metrics: Mapping[str, float], best: Best | None, writer: BackgroundWriter | None = None
+    ) -> Best | None:
         """Keep the policy if it is within the budget and better than `best`; return the better one.
 
         Args:
             step: number of steps that the policy was trained for.
             metrics: of its evaluation on held-out prompts.
             best: the best policy so far.
+            writer: writes it in the background; None writes it before this returns.
         """
         reward, kl = metrics["eval/objective/reward"], metrics["eval/objective/kl"]
         if self._budget is None or not kl <= self._budget or not math.isfinite(reward):
@@ -45,7 +49,7 @@ class BestPolicy:
         if best is not None and reward <= best.reward:
             return best
         found = Best(step, reward, kl)
-        save_best(self._work, step, self._models.state(), asdict(found), processes=self._processes)
+        save_best(self._work, step, self._models.state(), asdict(found), processes=self._processes, writer=writer)
         return found
 
     def load(self, best: Best | None) -> None:

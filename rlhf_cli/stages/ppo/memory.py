@@ -23,6 +23,7 @@ from rlhf_cli.models.resources import (
 )
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.stages.training_memory import checkpoint_copy
 
 
 def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
@@ -63,19 +64,20 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     passed = {"gathered": max(one.gathered(size) for one in scored)} if parts > 1 else {}
     trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
     gradients = {"gradients": own(FLOAT32 * (policy + critic))}
+    copy = checkpoint_copy(recipe, extent, own(FLOAT32 * (policy + critic)) + state["optimizer"])
     kept_to_save = FLOAT32 * float(critic)
     if parts > 1:  # of the critic also what is read back to be compared
         kept_to_save = 2 * own(kept_to_save) + sum(scoring.values())
     phases = {
         "load": loading(extent, weights | (scoring if not rests else {}), parts),
-        "rollout": kept | state | drawing,
-        "passes": weights | scoring | state | once | passed,
-        "update": kept | state | gradients | activations | trained,
+        "rollout": kept | state | copy | drawing,
+        "passes": weights | scoring | state | copy | once | passed,
+        "update": kept | state | copy | gradients | activations | trained,
         "save": saving(extent, kept=kept_to_save, parts=parts, offloads=model.sharding_cpu_offload),
     }
     if settings.save_steps is not None and parts > 1:  # beside all that trains: a copy, then what is read back
         copied = {"copy to write": own(FLOAT32 * shape.weights), "gathered": shape.gathered(FLOAT32)}
-        phases["save_steps"] = weights | scoring | state | copied
+        phases["save_steps"] = weights | scoring | state | copy | copied
     return memory_need(extent, phases, *(scoring if extent.on_cpu else ()))
 
 
@@ -86,8 +88,10 @@ def _drawing(
     shape, parts = extent.shape, shards(recipe.model, extent)
     if recipe.generation.vllm_server is not None:
         return {"sent": sent(shape)}
-    if recipe.generation.engine == "vllm":
-        return {"vLLM": vllm_share(shape, recipe.generation.gpu_memory_utilization, extent, longest)}
+    if recipe.generation.engine == "vllm":  # with whole weights, which it gets one layer after another
+        gathered = shape.gathered(FLOAT32) if parts > 1 else 0.0
+        share = vllm_share(shape, recipe.generation.gpu_memory_utilization, extent, longest)
+        return {"vLLM": share, "gathered": gathered}
     rows = math.ceil(settings.completions_per_step / extent.processes)
     rows = min(settings.rollout_batch_size, rows)
     # What `models.adapter_merging` puts in the place of float32 weights while tokens are drawn.

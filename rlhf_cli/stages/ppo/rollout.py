@@ -22,6 +22,7 @@ from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.server_draw import Drawn, DrawsAhead, PendingDraw
+from rlhf_cli.generation.vllm_generator import VLLMGenerator
 from rlhf_cli.models.sharding import gathered, is_sharded
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns, Scores, columns_of
@@ -49,8 +50,8 @@ def own_sampling(settings: PPOSettings) -> StageSamplingSettings:
 
 
 def weights_to_draw(model: PreTrainedModel, generator: Generator) -> AbstractContextManager[object]:
-    """Context in which a generator can draw from a model: a sharded one is whole, unless a server has its weights."""
-    return nullcontext() if isinstance(generator, DrawsAhead) else gathered(model)
+    """Context in which a generator can draw from a model: a sharded one is whole, unless vLLM has its weights."""
+    return nullcontext() if isinstance(generator, DrawsAhead | VLLMGenerator) else gathered(model)
 
 
 class Rollouts:

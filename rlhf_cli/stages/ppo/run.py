@@ -92,10 +92,8 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         models, source, settings, context.work / STEPS, sampling, policy.stop_ids,
         lambda folder: _write_contract(context, folder, style, sampling, data),
     )  # fmt: skip
-    # vLLM on the policy's GPU would need the whole weights in a second program.
-    is_torch = is_sharded and context.recipe.generation.vllm_server is None
-    generator = TorchGenerator() if is_torch else choose_generator(context, [policy], generator)
-    # A sharded policy that a server draws from is never whole in a process.
+    generator = choose_generator(context, [policy], generator)
+    # A sharded policy that vLLM draws from is never whole in a process but in vLLM.
     prober = generator if is_sharded else TorchGenerator()
     trainer = PPOTrainer(
         models,
@@ -112,6 +110,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         log=metrics_log(context),
         save_policy=lambda step: steps.save(step, sample_probe(policy, data.prompts, prober)),
         peak=device_peak(source.device, source.precision, processes),
+        checkpoint_async=context.recipe.checkpoint_async,
     )
     _train(trainer, context.work, processes)
     del trainer  # with the moments of its optimizer: what follows loads what was written

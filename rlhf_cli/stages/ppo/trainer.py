@@ -77,6 +77,7 @@ class PPOTrainer(TrainingTask):
         log: makes the metrics log, from the arguments of `MetricsLog`.
         peak: operations per second that the device can do; None is not known.
         save_policy: writes the policy after a number of steps, where `ppo.save_steps` asks for it.
+        checkpoint_async: see `TrainingLoop`.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class PPOTrainer(TrainingTask):
         log: Callable[..., MetricsLog] = MetricsLog,
         peak: float | None = None,
         save_policy: Callable[[int], None] | None = None,
+        checkpoint_async: bool | None = False,
     ) -> None:
         self._save_policy = save_policy
         self.models, self.forward_passes, self.settings, self.data = models, forward_passes, settings, data
@@ -129,6 +131,7 @@ class PPOTrainer(TrainingTask):
             log=log,
             watch=StepWatch(forward_passes.device, self.phases, self.alike),
             peak=peak,
+            checkpoint_async=checkpoint_async,
         )
 
     def _supervised(self, seed: int) -> SupervisedLoss | None:
@@ -347,6 +350,6 @@ class PPOTrainer(TrainingTask):
 
         if is_due(settings.eval_steps):
             metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, watch=watch)
-            self.state.best = self._best.after(step, metrics, self.state.best)
+            self.state.best = self._best.after(step, metrics, self.state.best, self.loop.writer)
         if is_due(settings.show_steps):
             log.show(step, evaluation.fixed(watch))

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.progress import say, warn
+from rlhf_cli.training.checkpoint.background import BackgroundWriter
 from rlhf_cli.training.checkpoint.store import best_checkpoint, save_best
 
 KeepBest = Literal["none", "loss", "accuracy"]
@@ -57,13 +58,20 @@ class BestWeights:
         kept = best_checkpoint(self._work, processes=self._processes)
         self.found = None if kept is None else Best(**kept.state)
 
-    def offer(self, step: int, loss: float, accuracy: float, weights: Callable[[], dict[str, Tensor]]) -> None:
-        """Keep the weights if they are better than those that are kept."""
+    def offer(
+        self,
+        step: int,
+        loss: float,
+        accuracy: float,
+        weights: Callable[[], dict[str, Tensor]],
+        writer: BackgroundWriter | None = None,
+    ) -> None:
+        """Keep the weights if they are better than those that are kept; `writer` writes them in the background."""
         is_known = math.isfinite(loss) and (self._by != "accuracy" or math.isfinite(accuracy))
         if self._by == "none" or not is_known or not self._is_better(loss, accuracy):
             return
         self.found = Best(step, loss, accuracy)
-        save_best(self._work, step, weights(), asdict(self.found), processes=self._processes)
+        save_best(self._work, step, weights(), asdict(self.found), processes=self._processes, writer=writer)
 
     def _is_better(self, loss: float, accuracy: float) -> bool:
         if self.found is None:

@@ -214,6 +214,7 @@ def _trained(
         processes=plan.processes,
         log=metrics_log(context) if work == context.work else MetricsLog,  # trackers show one training
         peak=device_peak(plan.source.device, plan.source.precision, plan.processes),
+        checkpoint_async=context.recipe.checkpoint_async,
     )
     trainer.train()
     return trainer

@@ -66,7 +66,7 @@ def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
 def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
     rank = settings.lora.rank if settings.adapter == "lora" else None
     longest = 2 * settings.max_length
-    need = training_memory(settings, recipe.model, extent, role="reward model", rank=rank, longest=longest)
+    need = training_memory(settings, recipe, extent, role="reward model", rank=rank, longest=longest)
     parts = shards(recipe.model, extent)
     phases = {"load": loading(extent, need.weights, parts), "update": need.weights | need.update}
     if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):

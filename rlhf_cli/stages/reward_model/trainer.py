@@ -100,6 +100,7 @@ class RewardTrainer(TrainingTask):
         processes: ProcessGroup | None = None,
         log: Callable[..., MetricsLog] = MetricsLog,
         peak: float | None = None,
+        checkpoint_async: bool | None = False,
     ) -> None:
         self.model, self.settings = model, settings
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
@@ -137,6 +138,7 @@ class RewardTrainer(TrainingTask):
             log=log,
             watch=StepWatch(model.device, self.phases),
             peak=peak,
+            checkpoint_async=checkpoint_async,
         )
 
     def train(self) -> LoopState:
@@ -185,7 +187,7 @@ class RewardTrainer(TrainingTask):
         with watch.phase("eval", "evaluating"):
             found = self.evaluate()
             report.metrics.update(found)
-            self.best.offer(step, found["eval/loss"], found["eval/accuracy"], self.weights)
+            self.best.offer(step, found["eval/loss"], found["eval/accuracy"], self.weights, self.loop.writer)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

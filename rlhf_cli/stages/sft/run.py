@@ -68,7 +68,7 @@ def run(context: SFTContext) -> StageOutcome:
     result = train_sft(
         model, data.train, data.held_out[:HELD_OUT_MEASURED], settings,
         seed=recipe.seed, work=context.work, stop=context.stop, precision=source.precision, name=source.path,
-        processes=processes, log=metrics_log(context),
+        processes=processes, log=metrics_log(context), checkpoint_async=recipe.checkpoint_async,
     )  # fmt: skip
     if not is_sharded(model) and not processes.is_main:
         return StageOutcome()

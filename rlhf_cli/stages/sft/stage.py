@@ -54,7 +54,7 @@ def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
 
 def _memory(settings: SFTSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
     rank = settings.lora.rank if settings.adapter == "lora" else None
-    need = training_memory(settings, recipe.model, extent, role="policy", rank=rank, longest=settings.max_length)
+    need = training_memory(settings, recipe, extent, role="policy", rank=rank, longest=settings.max_length)
     update = need.weights | need.update | {"logits": extent.shape.logits(need.tokens)}
     parts = shards(recipe.model, extent)
     load = loading(extent, need.weights, parts)

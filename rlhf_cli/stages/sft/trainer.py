@@ -47,6 +47,7 @@ class SFTTrainer(TrainingTask):
         model: a language model with its adapter, if any.
         examples, settings, seed, work, stop, precision, processes, log: see `training.train_sft`.
         watch: times the steps.
+        checkpoint_async: see `TrainingLoop`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SFTTrainer(TrainingTask):
         processes: ProcessGroup,
         log: Callable[..., MetricsLog] = MetricsLog,
         watch: StepWatch | None = None,
+        checkpoint_async: bool | None = False,
     ) -> None:
         self.rows = _rows(model, examples, settings)
         self.plan = BatchPlan(len(self.rows), settings.epochs, settings.batch_size, seed)
@@ -92,6 +94,7 @@ class SFTTrainer(TrainingTask):
             log=log,
             watch=watch,
             peak=device_peak(model.device, precision, processes),
+            checkpoint_async=checkpoint_async,
         )
 
     def train(self) -> int:

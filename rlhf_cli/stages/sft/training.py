@@ -66,6 +66,7 @@ def train_sft(
     name: str = "the model",
     processes: ProcessGroup | None = None,
     log: Callable[..., MetricsLog] = MetricsLog,
+    checkpoint_async: bool | None = False,
 ) -> SFTResult:
     """Train a model in place. On return it carries its adapter, if one is trained.
 
@@ -83,6 +84,7 @@ def train_sft(
         processes: the processes of the run, all of which call this and end with the same weights; None finds them in
             the environment.
         log: makes the metrics log, from the arguments of `MetricsLog`.
+        checkpoint_async: see `TrainingLoop`.
 
     Raises:
         Interrupted: a signal arrived; finished steps are saved.
@@ -102,7 +104,7 @@ def train_sft(
             split_weights(model)
     trainer = SFTTrainer(
         model, examples, settings, seed=seed, work=work, stop=stop, precision=precision, processes=processes,
-        log=log, watch=watch,
+        log=log, watch=watch, checkpoint_async=checkpoint_async,
     )  # fmt: skip
     skipped_steps, steps, rows = trainer.train(), trainer.plan.steps, len(trainer.rows)
     del trainer  # moments take twice the memory of the weights

@@ -3,11 +3,13 @@
     step-00000010/    the newest few, to resume from
     best-00000008/    never rotated away: what a stage writes if later steps were worse
 
-With several processes, process 0 writes, and decides which checkpoint all of them read.
+With several processes, process 0 writes, and decides which checkpoint all of them read. A `BackgroundWriter` writes a
+copy of the tensors while training goes on, with the same bytes.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from rlhf_cli.training.checkpoint.names import BEST, STEP, checkpoint_folder, ch
 
 if TYPE_CHECKING:
     from rlhf_cli.distributed.process_group import ProcessGroup
+    from rlhf_cli.training.checkpoint.background import BackgroundWriter
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def save_checkpoint(
     keep: int = 2,
     protected: Collection[int] = (),
     processes: ProcessGroup | None = None,
+    writer: BackgroundWriter | None = None,
 ) -> None:
     """Write the checkpoint of `step` and remove all but the newest `keep`.
 
@@ -74,21 +78,31 @@ def save_checkpoint(
         keep: number of checkpoints that stay.
         protected: steps whose checkpoints stay too, however old.
         processes: the processes of the run, all of which call this; process 0's tensors and state are written.
+        writer: writes a copy of tensors and state while training goes on; None writes them before this returns.
 
     Raises:
-        DiskError: there is not enough space, or the disk cannot be written; the previous checkpoint is intact.
+        DiskError: there is not enough space, or the disk cannot be written; the previous checkpoint is intact. A writer
+            raises it later.
         DivergedError: a value is NaN or infinite; nothing is written.
     """
+    if writer is not None:
+        state, protected = copy.deepcopy(state), frozenset(protected)
 
     def write(take: Take) -> None:
         _save(checkpoint_folder(folder, STEP, step), step, tensors, state, take)
         _rotate(folder, step, keep, protected)
 
-    _by_main(write, step, tensors, processes)
+    _by_main(write, step, tensors, processes, writer)
 
 
 def save_best(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, processes: ProcessGroup | None = None
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    processes: ProcessGroup | None = None,
+    writer: BackgroundWriter | None = None,
 ) -> None:
     """Write the best checkpoint so far, in place of the previous best one; see `save_checkpoint`.
 
@@ -101,7 +115,7 @@ def save_best(
             if step_of(old) != step:
                 _remove(old)
 
-    _by_main(write, step, tensors, processes)
+    _by_main(write, step, tensors, processes, writer)
 
 
 def remove_all_but_newest(folder: Path) -> None:
@@ -181,10 +195,21 @@ def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | No
 
 
 def _by_main(
-    write: Callable[[Take], None], step: int, tensors: dict[str, Tensor], processes: ProcessGroup | None
+    write: Callable[[Take], None],
+    step: int,
+    tensors: dict[str, Tensor],
+    processes: ProcessGroup | None,
+    writer: BackgroundWriter | None,
 ) -> None:
     """Let process 0 write; an error is raised in all processes, so that none waits for one that has ended."""
     is_main = processes is None or processes.is_main
+    if writer is not None:
+        writer.wait()  # what it writes is older, and has the same names for what is not complete
+        if writer.is_used_for(tensors):
+            checked = {name: one for name, one in tensors.items() if is_main or is_divided(one)}
+            agreed(lambda: _check_finite(step, checked), processes)
+            writer.begin(tensors, order_of(tensors), write)
+            return
     gathering = Gathering(tensors, order_of(tensors))
     is_shared = any(map(is_divided, tensors.values()))
     if is_shared:  # each process checks its part before any is gathered
