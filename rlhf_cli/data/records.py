@@ -96,6 +96,8 @@ class Candidates:
         subset: part of the data that it belongs to, if the file says so.
         location: `file:line` that it was read from.
         reference: see `PromptRecord`.
+        cut_off: for each completion, the number of tokens after which it was cut off, or None if the policy ended it;
+            empty if that is not known.
     """
 
     prompt: Prompt
@@ -104,6 +106,7 @@ class Candidates:
     subset: str | None = None
     location: str = field(default="", compare=False)
     reference: Any = field(default=None, hash=False)
+    cut_off: tuple[int | None, ...] = ()
 
 
 Record = Demonstration | PromptRecord | Ranking | Candidates

@@ -72,6 +72,35 @@ def label_all(session: LabelSession, annotator: int, *, most: int = 10_000) -> l
     return done
 
 
+def test_a_task_says_which_completions_were_cut_off_wherever_they_are_shown(store, clock):
+    session = LabelSession(store, clock=clock)
+    given = [Candidates(f"question {n}", ("whole", "cut", "whole too"), cut_off=(None, 64, None)) for n in range(12)]
+    session.prepare(LabelPlan(repeat_share=0.5), [*given, *items(2)])
+    session.close()
+    session = LabelSession(store, clock=clock)  # another process
+    told = set()
+    for task in label_all(session, session.annotator("Ann").id):
+        shown = dict(zip(task.completions, task.endings, strict=True))
+        told |= set(shown.items())
+    cut = {("cut", "cut off at the limit of 64 tokens"), ("whole", ""), ("whole too", "")}
+    assert told == cut | {(text, "") for item in items(2) for text in item.completions}
+
+
+def test_a_later_order_of_the_completions_keeps_which_was_cut_off(store, clock):
+    session = LabelSession(store, clock=clock)
+    session.prepare(LabelPlan(), [Candidates("question", ("a", "b"))])  # not known then
+    session.prepare(LabelPlan(overlap=2), [Candidates("question", ("b", "a"), cut_off=(8, None))])
+    task = session.next(session.annotator("Ann").id)
+    assert dict(zip(task.completions, task.endings, strict=True)) == {"a": "", "b": "cut off at the limit of 8 tokens"}
+
+
+def test_different_limits_do_not_tell_the_sources_of_completions_apart(store, clock):
+    session = LabelSession(store, clock=clock)
+    session.prepare(LabelPlan(), [Candidates("question", ("a", "b", "c"), cut_off=(8, 16, None))])
+    task = session.next(session.annotator("Ann").id)
+    assert sorted(task.endings) == ["", "cut off at the token limit", "cut off at the token limit"]
+
+
 def test_every_item_is_given_once_to_a_person_and_ranked_by_as_many_as_asked(store, clock):
     session = opened(store, clock, count=5, overlap=2)
     people = [session.annotator(name).id for name in ("Ann", "Bo", "Cy")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlhf_cli.labeling.session.rows import Assignment, Kind
 from rlhf_cli.labeling.session.state import LabelState
 from rlhf_cli.labeling.session.types import (
@@ -29,7 +31,23 @@ def task_of(state: LabelState, number: int) -> LabelTask:
         plan=state.plan.display_hash,
         draft=entry,
         active_seconds=active_ms / 1000,
+        endings=_endings(state.cut_off.get(given.item), given.shown),
     )
+
+
+def _endings(tokens: Sequence[int | None] | None, shown: Sequence[int]) -> tuple[str, ...]:
+    """Say which completions were cut off, by shown position.
+
+    Different limits are not said: they would tell apart the sources of the completions.
+    """
+    if tokens is None:
+        return ("",) * len(shown)
+    limits = {one for one in tokens if one is not None}
+    said = "cut off at the token limit"
+    if len(limits) == 1:
+        limit = limits.pop()
+        said = f"cut off at the limit of {limit:,} {'token' if limit == 1 else 'tokens'}"
+    return tuple("" if tokens[index] is None else said for index in shown)
 
 
 def own_assignment(state: LabelState, annotator: int, task: int) -> Assignment:

@@ -44,11 +44,14 @@ def list_items(store: LabelStore, items: Sequence[Candidates], gold: Sequence[Ca
 def _stored(store: LabelStore, number: str, item: Candidates) -> Sequence[str]:
     """The item's completions in stored order, which may differ from the order given here."""
     row = store.connection.execute("SELECT completions FROM items WHERE id = ?", (number,)).fetchone()
-    if row is not None:
-        return json.loads(row[0])
-    prompt, completions = json.dumps(prompt_to_json(item.prompt)), json.dumps(item.completions)
-    store.insert("items", id=number, prompt=prompt, completions=completions)
-    return item.completions
+    if row is None:
+        prompt, texts = json.dumps(prompt_to_json(item.prompt)), json.dumps(item.completions)
+        store.insert("items", id=number, prompt=prompt, completions=texts)
+    completions = item.completions if row is None else json.loads(row[0])
+    if any(item.cut_off):
+        tokens = dict(zip(item.completions, item.cut_off, strict=True))
+        store.add_cut_off(number, [tokens[text] for text in completions])
+    return completions
 
 
 def _by_stored(item: Candidates, completions: Sequence[str]) -> Tiers | None:

@@ -28,6 +28,8 @@ class LabelState:
         self.guidelines: dict[int, str | None] = {}
         """Plan -> hash of its guidelines."""
         self.items: dict[str, Candidates] = {}
+        self.cut_off: dict[str, tuple[int | None, ...]] = {}
+        """Item -> `Candidates.cut_off` of its completions; items that have none are missing."""
         self.listed: dict[str, int] = {}
         """Item -> position in the valid plan."""
         self.growth: Growth | None = None
@@ -63,7 +65,7 @@ class LabelState:
         self.labels = self.labels_left = self.set_aside = 0
         self.open_answered: dict[int, int] = defaultdict(int)
         """Annotator -> number of unresolved items that they are done with."""
-        self._last = dict.fromkeys(("annotators", "assignments", "actions", "drafts"), 0)
+        self._last = dict.fromkeys(("annotators", "assignments", "actions", "drafts", "cut_off"), 0)
 
     # Reading
 
@@ -78,6 +80,9 @@ class LabelState:
         self.growth = None if found is None else Growth(*found)
         if self.growth is not None:
             self._read_listed()
+        for number, item, tokens in self._store.cut_off(self._last["cut_off"]):
+            self.cut_off[item] = tokens
+            self._last["cut_off"] = number
         for number, name in rows("SELECT id, name FROM annotators WHERE id > ?", (self._last["annotators"],)):
             self.annotators[number] = Annotator(number, name)
             self._last["annotators"] = number

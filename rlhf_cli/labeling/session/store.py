@@ -6,8 +6,9 @@ failure. Several processes may share a file; every write transaction first reads
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -66,6 +67,15 @@ CREATE TABLE IF NOT EXISTS growth (
 """
 """How far the completions of a plan are sampled, one row per step. A plan without a row has all its items from the
 beginning. The table is created when it is needed: stores without it keep their format."""
+
+
+_CUT_OFF = """
+CREATE TABLE IF NOT EXISTS cut_off (
+    id INTEGER PRIMARY KEY, item TEXT NOT NULL UNIQUE REFERENCES items (id), tokens TEXT NOT NULL
+) STRICT
+"""
+"""Items with completions that were cut off: for each completion the number of its tokens, or null if it was ended. Like
+`growth`, the table is created when it is needed."""
 
 
 class LabelStore:
@@ -161,11 +171,27 @@ class LabelStore:
 
     def growth(self, plan: int) -> tuple[int, int] | None:
         """How many prompts of a plan are sampled, and of how many; None if it has all its items."""
-        found = self.connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'growth'")
-        if found.fetchone() is None:
+        if not self._has_table("growth"):
             return None
         newest = "SELECT sampled, prompts FROM growth WHERE plan = ? ORDER BY id DESC LIMIT 1"
         return self.connection.execute(newest, (plan,)).fetchone()
+
+    def add_cut_off(self, item: str, tokens: Sequence[int | None]) -> None:
+        """Add which completions of an item were cut off, in stored order, unless that is known."""
+        self.connection.execute(_CUT_OFF)
+        self._protect("cut_off")
+        if self.connection.execute("SELECT 1 FROM cut_off WHERE item = ?", (item,)).fetchone() is None:
+            self.insert("cut_off", item=item, tokens=json.dumps(tokens))
+
+    def cut_off(self, after: int) -> Iterator[tuple[int, str, tuple[int | None, ...]]]:
+        """Yield id, item and tokens of the rows of `cut_off` after this id."""
+        if self._has_table("cut_off"):
+            for number, item, tokens in self.connection.execute("SELECT * FROM cut_off WHERE id > ?", (after,)):
+                yield number, item, tuple(json.loads(tokens))
+
+    def _has_table(self, name: str) -> bool:
+        found = self.connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,))
+        return found.fetchone() is not None
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -127,6 +127,8 @@ class LabelTask:
         plan: `LabelPlan.display_hash` of the valid plan; if it differs from the one displayed, read
             `LabelSession.plan` again.
         active_seconds: spent on it so far.
+        endings: K texts to show after the completions: that one was cut off; empty if it was not, or if that is not
+            known.
     """
 
     id: int
@@ -136,6 +138,7 @@ class LabelTask:
     plan: str
     draft: Entry | None = None
     active_seconds: float = 0.0
+    endings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _laid_out(state: State, width: int, height: int) -> Document | None:
     """The document of the task; None without a task, or if the screen is too small."""
     if state.task is None or width < MIN_WIDTH or height < MIN_HEIGHT:
         return None
-    return document(state.task.prompt, state.task.completions, width, _pinnable(height))
+    return document(state.task.prompt, state.task.completions, state.task.endings, width, _pinnable(height))
 
 
 def _pinnable(height: int) -> int:

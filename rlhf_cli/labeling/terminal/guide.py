@@ -41,6 +41,7 @@ READING = (
     ("up, down", "scroll by a line"),
     ("space, PageDown", "scroll by a page; PageUp back; Home and End to the ends"),
     ("left, right", "previous and next answer"),
+    ("(cut off ...)", "after an answer: the model had not ended it when it reached the token limit"),
 )
 
 

@@ -65,12 +65,15 @@ def columns_for(count: int, width: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def document(prompt: Prompt, completions: tuple[str, ...], width: int, pinnable: int) -> Document:
+def document(
+    prompt: Prompt, completions: tuple[str, ...], endings: tuple[str, ...], width: int, pinnable: int
+) -> Document:
     """Lay out a task.
 
     Args:
         prompt: text or messages.
         completions: in shown order.
+        endings: see `LabelTask`; none if they are not known.
         width: of the screen.
         pinnable: maximum height of a pinned prompt.
     """
@@ -81,12 +84,15 @@ def document(prompt: Prompt, completions: tuple[str, ...], width: int, pinnable:
         rows = [(Cell(1, pieces),) for pieces in asked] + [()]
     columns = columns_for(len(completions), width)
     share = (width - 1 - (columns - 1) * _BETWEEN) // columns
+    endings = endings or ("",) * len(completions)
     stops, of_completion = [], []
     for first in range(0, len(completions), columns):
         stops.append(len(rows))
         group = range(first, min(first + columns, len(completions)))
         of_completion += [len(stops) - 1] * len(group)
-        blocks = [_completion_cells(completions[n], n, (n - first) * (share + _BETWEEN), share) for n in group]
+        blocks = [
+            _completion_cells(completions[n], endings[n], n, (n - first) * (share + _BETWEEN), share) for n in group
+        ]
         tallest = max(len(block) for block in blocks)
         rows += [tuple(block[line] for block in blocks if line < len(block)) for line in range(tallest)]
         rows.append(())
@@ -96,10 +102,13 @@ def document(prompt: Prompt, completions: tuple[str, ...], width: int, pinnable:
     return Document(asked if is_pinned else (), tuple(rows), tuple(stops), tuple(of_completion), columns, separators)
 
 
-def _completion_cells(text: str, completion: int, at: int, share: int) -> list[Cell]:
-    rows = wrap(text, min(share - GUTTER, _MAX_TEXT))
+def _completion_cells(text: str, ending: str, completion: int, at: int, share: int) -> list[Cell]:
+    space = min(share - GUTTER, _MAX_TEXT)
+    rows = wrap(text, space)
     if not text.strip():
         rows = ((Piece("(only white space)" if text else "(an empty answer)", "dim"),), *rows[1:])
+    if ending:
+        rows = (*rows, *wrap(f"({ending})", space, "warn"))
     if len(rows) == 1:
         rows = (*rows, ())  # a second row for the place
     return [Cell(at + GUTTER, pieces, completion, line) for line, pieces in enumerate(rows)]

@@ -252,6 +252,7 @@ def _task_to_json(task: LabelTask) -> dict[str, Any]:
         "number": task.number,
         "prompt": prompt_to_json(task.prompt),
         "completions": list(task.completions),
+        "endings": list(task.endings),
         "draft": draft,
         "plan": task.plan,
         "active_seconds": task.active_seconds,

@@ -156,7 +156,12 @@ def _only(row: Candidates, completions: Sequence[int]) -> Candidates:
     if row.known is not None:
         tiers = [tuple(sorted(positions[number] for number in tier if number in positions)) for tier in row.known]
         known = tuple(tier for tier in tiers if tier)
-    return dataclasses.replace(row, completions=tuple(row.completions[number] for number in completions), known=known)
+    return dataclasses.replace(
+        row,
+        completions=tuple(row.completions[number] for number in completions),
+        known=known,
+        cut_off=tuple(row.cut_off[number] for number in completions) if row.cut_off else (),
+    )
 
 
 def _write(path: Path, rows: Sequence[Candidates], chosen: Sequence[SelectedItem]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
-from rlhf_cli.data.records import Candidates, Prompt
+from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.worker import hand_over, is_handed_over
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.labeling.aggregation import check_installed
@@ -16,7 +16,7 @@ from rlhf_cli.quoting import word
 from rlhf_cli.stages.completions import Receive
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.human import STORE, gold_items, label_plan
-from rlhf_cli.stages.label.sampling import distinct
+from rlhf_cli.stages.label.sampling import candidates_of, distinct
 from rlhf_cli.stages.label.stage import LabelContext
 
 
@@ -48,9 +48,7 @@ class _GrowingSession:
 
     def receive(self, sampled: Mapping[int, list[Completion]]) -> None:
         """List the prompts of these completions; those whose completions are all equal are skipped."""
-        given = (
-            Candidates(self._prompts[number], tuple(one.text for one in sampled[number])) for number in sorted(sampled)
-        )
+        given = (candidates_of(self._prompts[number], sampled[number]) for number in sorted(sampled))
         items = [item for item in map(distinct, given) if len(item.completions) > 1]
         self._sampled += len(sampled)
         growth = Growth(self._sampled, len(self._prompts))

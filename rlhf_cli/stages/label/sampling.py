@@ -118,15 +118,21 @@ def sample_completions(
         )  # fmt: skip
     if processes.is_main:
         write_contract(context, path, style, sampling.settings(), ())
-    candidates = [
-        Candidates(prompt, tuple(completion.text for completion in group))
-        for prompt, group in zip(prompts.prompts, completions, strict=True)
-    ]
+    candidates = list(map(candidates_of, prompts.prompts, completions))
     return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, tokens)
 
 
+def candidates_of(prompt: Prompt, completions: Sequence[Completion]) -> Candidates:
+    """Return sampled completions of a prompt as candidates."""
+    cut_off = tuple(None if one.finished else len(one.ids) for one in completions)
+    return Candidates(prompt, tuple(one.text for one in completions), cut_off=cut_off)
+
+
 def distinct(candidates: Candidates) -> Candidates:
-    """Return the candidates with each text once; a known order keeps each text's best place."""
+    """Return the candidates with each text once.
+
+    A known order keeps each text's best place. A text that the policy ended in one of its copies is not cut off.
+    """
     texts = list(dict.fromkeys(candidates.completions))
     if len(texts) == len(candidates.completions):
         return candidates
@@ -137,7 +143,11 @@ def distinct(candidates: Candidates) -> Candidates:
         placed |= numbers
         tiers += [tuple(sorted(numbers))] if numbers else []
     known = None if candidates.known is None else tuple(tiers)
-    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.location)
+    cut_off: tuple[int | None, ...] = ()
+    if candidates.cut_off:
+        copies = list(zip(candidates.completions, candidates.cut_off, strict=True))
+        cut_off = tuple(None if (text, None) in copies else dict(copies)[text] for text in texts)
+    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.location, cut_off=cut_off)
 
 
 def check_count(candidates: Candidates) -> None:

@@ -96,13 +96,30 @@ def test_no_row_is_wider_than_the_terminal_and_no_text_of_a_stranger_is_obeyed(s
 _OBEYED = {chr(code) for code in (*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0x200B)}
 
 
+CUT_OFF = "cut off at the limit of 64 tokens"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_an_answer_that_was_cut_off_says_so_below_its_text(width):
+    state = at_task("Let the dough rise.", "Add water, becau")
+    assert state.task is not None
+    marked = replace(state, task=replace(state.task, endings=("", CUT_OFF)))
+    assert CUT_OFF not in shown(state, width)
+    lines = shown(marked, width).splitlines()
+    (at,) = [number for number, line in enumerate(lines) if f"({CUT_OFF})" in line]
+    above = [line.find("Add water") for line in lines[:at] if "Add water" in line]
+    assert above == [lines[at].find(f"({CUT_OFF})")], "in the column of its answer"
+    pieces = [piece for row in draw(marked, width, 24).rows for piece in row if piece.text == f"({CUT_OFF})"]
+    assert [piece.style for piece in pieces] == ["warn"], "not in the style of a text, which may hold the same words"
+
+
 @settings(max_examples=40, deadline=None)
 @given(states(), st.integers(40, 140), st.integers(12, 45))
 def test_all_of_the_answers_is_reached_by_scrolling(state, width, height):
     if state.task is None:
         return
     state = replace(state, view="rank", is_joining=False, top=0)
-    laid_out = document(state.task.prompt, state.task.completions, width, height // 6 if height >= 20 else 0)
+    laid_out = document(state.task.prompt, state.task.completions, (), width, height // 6 if height >= 20 else 0)
     for number, answer in enumerate(state.task.completions):
         text = [
             piece.text for row in laid_out.rows for cell in row if cell.completion == number for piece in cell.pieces

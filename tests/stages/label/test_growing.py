@@ -26,16 +26,18 @@ COUNT = 12
 class Drawn:
     """Draws texts that depend on the seed alone; `before` runs before each call, with its number."""
 
-    def __init__(self, before: Callable[[int], object] = lambda call: None, *, equal: bool = False) -> None:
+    def __init__(
+        self, before: Callable[[int], object] = lambda call: None, *, equal: bool = False, finished: bool = True
+    ) -> None:
         self.calls: list[int] = []
-        self._before, self._equal = before, equal
+        self._before, self._equal, self._finished = before, equal, finished
 
     def generate(self, policy, requests, *, progress=None, stop=lambda: None):
         self._before(len(self.calls))
         stop()
         self.calls.append(len(requests))
         seeds = [0 if self._equal else request.seed for request in requests]
-        return [Completion([seed % 50 + 5], f"text {seed}", finished=True) for seed in seeds]
+        return [Completion([seed % 50 + 5], f"text {seed}", self._finished) for seed in seeds]
 
 
 @pytest.fixture
@@ -92,6 +94,22 @@ def test_labels_given_during_sampling_make_the_same_rankings(run, tmp_path):
     label_ready(tmp_path / "after")
     assert run(Drawn(), "after") == meanwhile
     assert [int(row["prompt"].split()[1][:-1]) for row in meanwhile] == list(range(COUNT))
+
+
+def test_annotators_see_which_completions_were_cut_off_during_sampling_and_after(run, tmp_path):
+    seen = []
+
+    def look(call: int) -> None:
+        if call:
+            with closing(LabelSession(tmp_path / "run" / STORE, create=False)) as session:
+                task = session.next(session.annotator(f"Ann {call}").id)
+                seen.append(task and task.endings)
+
+    with pytest.raises(WaitingForLabelsError):
+        run(Drawn(look, finished=False))
+    look(99)
+    assert len(seen) == 4
+    assert set(seen) == {("cut off at the limit of 1 token",) * 2}
 
 
 def test_no_store_that_looks_complete_before_the_first_completions(run, tmp_path):

@@ -21,8 +21,8 @@ export function promptTurns(prompt) {
   });
 }
 
-/** A completion with its letter; calls `onRank(isPointer)` to rank it or to remove it from the ranking. */
-export function completionCard(text, position, letter, markGroups, onRank) {
+/** A completion with its letter, and how it ended if it was cut off; calls `onRank(isPointer)` to rank it or to remove it from the ranking. */
+export function completionCard(text, ending, position, letter, markGroups, onRank) {
   const card = document.createElement("article");
   card.className = "completion";
   card.id = `completion-${position}`;
@@ -40,6 +40,12 @@ export function completionCard(text, position, letter, markGroups, onRank) {
   rank.addEventListener("click", (event) => onRank(event.detail > 0));
   head.append(badge, rank);
   card.append(head, showText(document.createElement("div"), text));
+  if (ending) {
+    const said = document.createElement("p");
+    said.className = "ending";
+    said.textContent = ending;
+    card.append(said);
+  }
   if (markGroups.length) {
     const all = document.createElement("div");
     all.className = "marks";

@@ -27,7 +27,7 @@ export class TaskForm {
     $("note").value = draft ? draft.note : "";
     $("note").maxLength = session.max_note;
     const card = (text, position) =>
-      completionCard(text, position, this.letter(position), this.#markGroups(position), (isPointer) =>
+      completionCard(text, task.endings[position], position, this.letter(position), this.#markGroups(position), (isPointer) =>
         this.board.toggle(position, isPointer),
       );
     $("completions").replaceChildren(...task.completions.map(card));
