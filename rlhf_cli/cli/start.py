@@ -79,14 +79,17 @@ def write(given: Mapping[str, Any], path: Path, read: Any = None) -> None:
         path: of the recipe.
         read: reads a line from a person; None asks nobody.
     """
+    from rlhf_cli.start.measuring import with_lengths
     from rlhf_cli.start.questions import Questions
     from rlhf_cli.start.writing import check_target, write_recipe
 
     check_target(path, force=given["force"])
-    plan = Questions(_choices(given), read).draft()
-    write_recipe(plan, path, _command() if read is None else "rlhf start")
+    draft = Questions(_choices(given), read).draft()
     if read is None:
+        write_recipe(draft, path, _command())
         typer.echo(path)
+    else:
+        write_recipe(with_lengths(draft), path, "rlhf start")
 
 
 def _choices(given: Mapping[str, Any]) -> Given:

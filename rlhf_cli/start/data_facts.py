@@ -27,6 +27,8 @@ _HELD_OUT = 20
 _SHORTEST = 64
 """Tokens that every prompt leaves for its completion, where the model reads so many."""
 _EXCERPT = 60
+_SAMPLE = 12
+"""Prompts at most for which `rlhf start` samples a completion."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class PromptFacts:
         tokens: shortest, median and longest prompt, in tokens of the model.
         example: the first prompt.
         columns: what is known about a completion of `example`, for reward functions.
+        sample: a few prompts, in tokens of the model.
         settings: settings of `data` that differ from the defaults.
         has_completions: whether the records hold completions too, and could be demonstrations.
         has_rankings: whether the records are preferences or rankings.
@@ -51,6 +54,7 @@ class PromptFacts:
     tokens: tuple[int, int, int]
     example: Prompt
     columns: Columns
+    sample: Sequence[Sequence[int]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_completions: bool = False
     has_rankings: bool = False
@@ -103,6 +107,7 @@ def inspect_prompts(source: str, model: ModelFacts, data: DataSettings) -> Promp
         tokens=(lengths[0], round(median(lengths)), lengths[-1]),
         example=first.prompt,
         columns={} if first.reference is None else {"references": [first.reference]},
+        sample=[model.format.prompt_ids(record.prompt) for record in distinct[:: -(-len(distinct) // _SAMPLE)]],
         settings=settings | share,
         has_completions=_reads_as(source, "demonstration", data),
         has_rankings=_reads_as(source, "ranking", data),
@@ -204,11 +209,13 @@ class DemonstrationFacts:
         source: file, folder or hub data set.
         count: number of demonstrations.
         longest: longest of them, in tokens of the model.
+        lengths: tokens of each completion.
     """
 
     source: str
     count: int
     longest: int
+    lengths: Sequence[int]
 
     @property
     def described(self) -> str:
@@ -226,7 +233,8 @@ def inspect_demonstrations(source: str, model: ModelFacts, data: DataSettings) -
     check_records(model.format, records)
     is_pair = model.format.is_encoder_decoder
     examples = (tokenize(record, model.format, is_encoder_decoder=is_pair) for record in records)
-    return DemonstrationFacts(source, len(records), max(len(example) for example in examples))
+    sizes = [(len(example), len(example.completion_ids)) for example in examples]
+    return DemonstrationFacts(source, len(records), max(whole for whole, _ in sizes), [own for _, own in sizes])
 
 
 def _read(source: str, kind: Any, data: DataSettings) -> list[Any]:

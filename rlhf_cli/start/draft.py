@@ -14,6 +14,7 @@ from rlhf_cli.recipe.overrides import BadSetting, Layers, parse_set
 from rlhf_cli.recipe.show import scalar
 from rlhf_cli.start.data_facts import DemonstrationFacts, PromptFacts
 from rlhf_cli.start.label_choice import LabelChoice
+from rlhf_cli.start.lengths import GUESS, LIMITS, Lengths
 from rlhf_cli.start.model_facts import ModelFacts
 
 SHORT_STEPS, FULL_STEPS = 10, 100
@@ -26,7 +27,9 @@ _BY_PEOPLE = {"short": 40, "full": 300}
 """Prompts that a person ranks at most before a run goes on: about ten minutes, and about an hour."""
 _WIDTH = 79
 """A comment stands behind its line where both fit into this, else above it."""
-_ABOUT_SETTINGS = ("label", "train_rm", "ppo")
+TEMPERATURE = 0.7
+"""Of sampling in all stages."""
+_ABOUT_SETTINGS = ("sampling", "label", "train_rm", "ppo")
 """Sections whose comment repeats values of their settings."""
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -42,6 +45,7 @@ class Draft:
         steps: of PPO.
         demonstrations: for SFT; None runs none.
         settings: values of `--set`.
+        lengths: of a few completions; None if none were looked at.
     """
 
     model: ModelFacts
@@ -50,16 +54,22 @@ class Draft:
     steps: int
     demonstrations: DemonstrationFacts | None = None
     settings: Sequence[str] = field(default_factory=tuple)
+    lengths: Lengths | None = None
 
     @property
     def is_short(self) -> bool:
-        """Whether it is a first look, with short completions and small batches."""
+        """Whether it is a first look, with small batches."""
         return self.steps < _FEW_STEPS
 
+    @property
+    def most_new_tokens(self) -> int:
+        """Largest limit of completions, which never is so large that a prompt does not fit."""
+        return max(1, min(LIMITS[-1], self.model.context - self.prompts.tokens[2]))
+
     def max_new_tokens(self) -> int:
-        """Longest completion: short for a first look, and never so long that a prompt does not fit."""
-        usual = 64 if self.is_short else 256
-        return max(1, min(usual, self.model.context - self.prompts.tokens[2]))
+        """Longest completion: such that most of them end, as far as that is known."""
+        found = None if self.lengths is None else self.lengths.limit(self.most_new_tokens)
+        return found or min(GUESS, self.most_new_tokens)
 
 
 @dataclass
@@ -91,7 +101,10 @@ def recipe_text(draft: Draft, path: Path, command: str) -> str:
     found = draft.prompts
     data = {"prompts": found.source, **found.settings, **draft.model.settings}
     lines.add("data", data, f"{found.training:,} prompts to train on, {found.held_out:,} held out")
-    lines.add("sampling", {"temperature": 0.7, "max_new_tokens": draft.max_new_tokens()}, "in all stages")
+    limit = draft.max_new_tokens()
+    is_known = draft.lengths is not None and not draft.lengths.is_guess
+    cut = f"; about {1 - draft.lengths.share_ended(limit):.0%} are cut off" if draft.lengths and is_known else ""
+    lines.add("sampling", {"temperature": TEMPERATURE, "max_new_tokens": limit}, f"in all stages{cut}")
     if draft.demonstrations is not None:
         lines.add("sft", _sft(draft.demonstrations, draft.model), draft.demonstrations.described)
     if draft.labels.label is not None:

@@ -187,9 +187,7 @@ class Questions:
             return self._given.steps
         if self._read_line is None:
             return FULL_STEPS
-        text = (
-            f"How many steps of PPO? {SHORT_STEPS} for a first look with short completions, {FULL_STEPS} for a full run"
-        )
+        text = f"How many steps of PPO? {SHORT_STEPS} for a first look, {FULL_STEPS} for a full run"
         return self._find(None, text, _whole_number, str(SHORT_STEPS))
 
     def _data(self, model: ModelFacts) -> DataSettings:

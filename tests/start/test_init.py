@@ -36,7 +36,7 @@ def test_a_recipe_for_people_holds_what_differs_from_the_defaults(init, tiny_lla
     assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n# Written by `rlhf init")
     assert (recipe.model.path, recipe.data.prompts, recipe.label.by) == (str(tiny_llama), str(questions), "human")
     assert (recipe.data.prompt_template, recipe.data.holdout) == ("auto", 0.2)
-    assert (recipe.sampling.max_new_tokens, recipe.ppo.steps, recipe.ppo.prompts_per_step) == (64, 10, 16)
+    assert (recipe.ppo.steps, recipe.ppo.prompts_per_step) == (10, 16)
     assert "llama" in said
     assert "prompted in its chat template" in said
     assert "30 prompts of" in said
