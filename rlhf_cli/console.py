@@ -37,6 +37,8 @@ def interactive() -> bool:
 class Messages(Console):
     """stderr, and the log of the run beside it."""
 
+    is_muted = False
+
     @property
     def file(self) -> IO[str]:
         """stderr itself: what is printed here is logged below, without colors and redrawn bars."""
@@ -55,9 +57,10 @@ class Messages(Console):
             shown: False logs only.
             options: see rich.
         """
-        if shown and (always or not is_quiet()):
+        is_drawing = all(isinstance(one, Control) for one in objects)  # a spinner or a bar
+        if shown and (always or not is_quiet()) and (is_drawing or not self.is_muted):
             super().print(*objects, **options)
-        if run_log.is_open() and not all(isinstance(one, Control) for one in objects):
+        if run_log.is_open() and not is_drawing:
             text, merged = io.StringIO(), {"soft_wrap": True, **options}
             plain = Console(file=text, width=self.width, color_system=None, highlight=False, emoji=False)
             plain.print(*objects, **merged)
@@ -67,6 +70,16 @@ class Messages(Console):
 # rich would write `data.jsonl:100:` with the emoji that it calls ":100:".
 console = Messages(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
 """stderr, for everything but data; silent in all processes except rank 0."""
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Show no messages, such as those that another command gave before; spinners and bars are shown."""
+    console.is_muted = True
+    try:
+        yield
+    finally:
+        console.is_muted = False
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def write(given: Mapping[str, Any], path: Path, read: Any = None) -> None:
         path: of the recipe.
         read: reads a line from a person; None asks nobody.
     """
+    from rlhf_cli.start.duration import say_how_long
     from rlhf_cli.start.measuring import with_lengths
     from rlhf_cli.start.questions import Questions
     from rlhf_cli.start.writing import check_target, write_recipe
@@ -89,7 +90,9 @@ def write(given: Mapping[str, Any], path: Path, read: Any = None) -> None:
         write_recipe(draft, path, _command())
         typer.echo(path)
     else:
-        write_recipe(with_lengths(draft), path, "rlhf start")
+        draft = with_lengths(draft)
+        write_recipe(draft, path, "rlhf start")
+        say_how_long(draft, path)
 
 
 def _choices(given: Mapping[str, Any]) -> Given:

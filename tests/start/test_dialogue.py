@@ -142,11 +142,13 @@ def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
     terminal.type("\n")
     terminal.until(r"4\. How many[^>]*> ")
     terminal.type("5\n")
-    shown = terminal.until("talk to the models")
-    assert "rlhf run new.yaml" in shown
+    assert "limit of a completion: " in terminal.until("wrote new.yaml")
+    assert "rlhf run new.yaml" in terminal.until("talk to the models")
+    terminal.until("The run takes about")
     assert terminal.process.wait(timeout=60) == 0
     assert max(map(len, terminal.text.splitlines())) <= 120
-    assert terminal.text.splitlines()[-1].endswith("# talk to the models before and after PPO")
+    assert terminal.text.splitlines()[-1].endswith("the time in which you rank")
+    assert not [line for line in screen_of(terminal.raw, 80) if "measuring" in line or "sampling a few" in line]
     assert "steps: 5" in (tmp_path / "new.yaml").read_text()
     assert (tmp_path / "mine.yaml").read_text() == "name: old\n"
 
