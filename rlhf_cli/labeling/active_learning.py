@@ -111,9 +111,8 @@ def select(items: Sequence[Item], *, by: Strategy, prompts: int, completions: in
         ValueError: rewards of an item are missing, have the wrong shape, or are not finite.
     """
     identical = [number for number, item in enumerate(items) if len(set(item.completions)) < 2]
-    usable = sorted(set(range(len(items))) - set(identical), key=lambda number: _position(items[number], seed))
-    held_out = [number for number in usable if items[number].is_held_out]
-    train = [number for number in usable if not items[number].is_held_out]
+    usable = sorted(set(range(len(items))) - set(identical))
+    train, held_out = _in_random_order(items, usable, seed)
     held_out_count = held_out_share(len(train), len(held_out), prompts)
     drawn = held_out[:held_out_count]
     if by == "random":
@@ -128,6 +127,26 @@ def select(items: Sequence[Item], *, by: Strategy, prompts: int, completions: in
     count = prompts - held_out_count
     selected += [SelectedItem(row[0], row[1], False, row[2], rank) for rank, row in enumerate(scored[:count], start=1)]
     return Selection(sorted(selected, key=lambda one: one.item), [row[2] for row in scored[count:]], identical)
+
+
+def select_prompts(items: Sequence[Item], *, prompts: int, seed: int) -> list[int]:
+    """Select prompts at random before they have completions: those that `select` takes by `random`, ascending.
+
+    Args:
+        items: N, without completions.
+        prompts: number of prompts to select, or all if there are fewer.
+        seed: of the selection.
+    """
+    train, held_out = _in_random_order(items, range(len(items)), seed)
+    count = held_out_share(len(train), len(held_out), prompts)
+    return sorted(held_out[:count] + train[: prompts - count])
+
+
+def _in_random_order(items: Sequence[Item], numbers: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Training prompts and held-out prompts of these numbers, each in the order of the seed."""
+    order = sorted(numbers, key=lambda number: _position(items[number], seed))
+    train = [number for number in order if not items[number].is_held_out]
+    return train, [number for number in order if items[number].is_held_out]
 
 
 def held_out_share(train: int, held_out: int, prompts: int) -> int:

@@ -36,6 +36,7 @@ def draw_completions(
     generator: Generator,
     processes: ProcessGroup,
     watch: StepWatch,
+    numbers: Sequence[int] | None = None,
     is_early: bool = False,
     receive: Receive | None = None,
 ) -> tuple[list[list[Completion]], int]:
@@ -51,15 +52,18 @@ def draw_completions(
         generator: draws completions.
         processes: of the run.
         watch: times the sampling.
+        numbers: of the prompts to complete, ascending; None completes all N.
         is_early: draw a few completions first, see `early_chunks`; the same for all attempts of a stage.
         receive: called when some completions are on disk, and again for those of each further chunk; it is not called
             if all were sampled before. With one process only.
 
     Returns:
-        N lists of K completions, and the number of tokens drawn in this attempt, if the generator tells.
+        K completions of each of these prompts, and the number of tokens drawn in this attempt, if the generator tells.
     """
     size = max(1, policy.sampling.batch_size // per_prompt)
-    chunks = (early_chunks if is_early else chunks_by_length)([len(ids) for ids in prompts.ids], size)
+    chosen = range(len(prompts)) if numbers is None else numbers
+    in_chunks = (early_chunks if is_early else chunks_by_length)([len(prompts.ids[number]) for number in chosen], size)
+    chunks = [[chosen[position] for position in chunk] for chunk in in_chunks]
     file = CompletionFile(context.work / "samples.jsonl", chunks, per_prompt, processes)
     if file.done:
         say(f"{file.done:,} completions were sampled before")

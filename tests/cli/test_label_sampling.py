@@ -15,7 +15,9 @@ from rlhf_cli.stages import registry
 LABEL = {
     "people": "{by: human, model: m}",
     "people and items": "{by: human, items: given.jsonl}",
-    "a selection": "{by: human, model: m, active_learning: {by: random, prompts: 3}}",
+    "a random selection": "{by: human, model: m, active_learning: {by: random, prompts: 3}}",
+    "a selection": "{by: human, model: m, active_learning: {by: uncertainty, prompts: 3, reward_models: [r]}}",
+    "completions": "{by: human, model: m, active_learning: {by: random, prompts: 3, completions: 2}}",
     "a function": "{by: function, function: f.py:f, model: m}",
 }
 
@@ -31,9 +33,10 @@ def given(tmp_path: Path, who: str = "people", **changed: object) -> dict[str, o
 def test_completions_for_people_are_sampled_in_the_background(tmp_path):
     assert background_sampling(given(tmp_path), ()) is not None
     assert background_sampling(given(tmp_path, processes=1), ()) is not None
+    assert background_sampling(given(tmp_path, "a random selection"), ()) is not None
 
 
-@pytest.mark.parametrize("who", ["people and items", "a selection", "a function"])
+@pytest.mark.parametrize("who", ["people and items", "a selection", "completions", "a function"])
 def test_what_is_not_sampled_for_people_one_by_one_is_not(tmp_path, who):
     assert background_sampling(given(tmp_path, who), ()) is None
 

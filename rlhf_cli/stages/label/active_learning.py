@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_cli.data.records import Candidates, Prompt, prompt_key, prompt_text, prompt_to_json
+from rlhf_cli.data.records import Candidates, Prompt, prompt_text, prompt_to_json
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.files import write_whole
@@ -21,9 +21,10 @@ from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.active_learning import Item, SelectedItem, Selection, select
 from rlhf_cli.labeling.scoring import RewardModelScorer, score_completions
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import EXCERPT, model_source, split_from
+from rlhf_cli.stages.common import EXCERPT, model_source
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled
+from rlhf_cli.stages.label.selection import items_of
 from rlhf_cli.stages.label.stage import LabelContext
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ def select_candidates(context: LabelContext, settings: ActiveLearningSettings, s
         DataError: no prompt has two different completions.
         ModelError: a reward model cannot be loaded, or its reward is not finite.
     """
-    rows = sampled.candidates
-    split, seed = split_from(context, source_of(context.inputs.policy)), context.recipe.seed
-    items = [Item(prompt_key(row.prompt), row.completions, split.holds_out(row.prompt)) for row in rows]
+    rows, seed = sampled.candidates, context.recipe.seed
+    items = items_of(context, [row.prompt for row in rows], [row.completions for row in rows])
     file = _SavedSelection(context.work / FILE_NAME, items)
     saved = sampled.processes.all_gather_object(file.read() if sampled.processes.is_main else None)[0]
     if saved is None:
@@ -54,7 +54,7 @@ def select_candidates(context: LabelContext, settings: ActiveLearningSettings, s
         if sampled.processes.is_main:
             file.write(found)
         chosen = found.selected
-        _report(settings, items, found)
+        _report(settings, sampled.selected_from or len(items), found)
     else:
         say(f"reusing the selection of {len(saved):,} of {len(rows):,} prompts")
         chosen = [SelectedItem(**{**row, "completions": tuple(row["completions"])}) for row in saved]
@@ -118,11 +118,11 @@ def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[
     return scores
 
 
-def _report(settings: ActiveLearningSettings, items: Sequence[Item], selection: Selection) -> None:
+def _report(settings: ActiveLearningSettings, prompts: int, selection: Selection) -> None:
     chosen = selection.selected
-    usable, held_out = len(items) - len(selection.identical), sum(one.is_held_out for one in chosen)
+    usable, held_out = prompts - len(selection.identical), sum(one.is_held_out for one in chosen)
     if selection.identical:
-        warn(f"{len(selection.identical):,} of {len(items):,} prompts are skipped: their completions are all equal")
+        warn(f"{len(selection.identical):,} of {prompts:,} prompts are skipped: their completions are all equal")
     if usable < settings.prompts:
         warn(f"`label.active_learning.prompts: {settings.prompts:,}` exceeds the {usable:,} prompts: all are labeled")
     scores = [one.score for one in chosen if one.score is not None]

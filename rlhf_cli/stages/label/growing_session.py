@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 
 from rlhf_cli.data.records import Prompt
@@ -21,7 +21,7 @@ from rlhf_cli.stages.label.stage import LabelContext
 
 
 @contextmanager
-def growing_session(context: LabelContext, prompts: Sequence[Prompt]) -> Iterator[Receive]:
+def growing_session(context: LabelContext, prompts: Mapping[int, Prompt]) -> Iterator[Receive]:
     """Yield what takes completions of these prompts and lists them for annotators.
 
     `run_human` lists all of them once they are sampled, in the order of the prompts.
@@ -37,11 +37,11 @@ class _GrowingSession:
 
     Args:
         context: of the stage.
-        prompts: N prompts.
+        prompts: number -> prompt that is to be labeled.
         stack: closes the session.
     """
 
-    def __init__(self, context: LabelContext, prompts: Sequence[Prompt], stack: ExitStack) -> None:
+    def __init__(self, context: LabelContext, prompts: Mapping[int, Prompt], stack: ExitStack) -> None:
         self._context, self._prompts, self._stack = context, prompts, stack
         self._session: LabelSession | None = None
         self._sampled = self._listed = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
 
 def _session_for(
     context: LabelContext, settings: LabelSettings
-) -> Callable[[Sequence[Prompt]], AbstractContextManager[Receive]] | None:
+) -> Callable[[Mapping[int, Prompt]], AbstractContextManager[Receive]] | None:
     """Return what opens a session for annotators while completions are sampled; None if they have to wait for all."""
     if not settings.samples_for_people:
         return None

@@ -26,6 +26,7 @@ from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
@@ -47,6 +48,8 @@ class Sampled:
         policy: that sampled them; None if the user gave the completions.
         watch: times sampling and scoring.
         tokens: number of tokens that were sampled in this attempt, if the generator tells.
+        selected_from: number of prompts of which those of `candidates` were selected before sampling; None if none
+            were selected by then.
     """
 
     candidates: list[Candidates]
@@ -57,6 +60,7 @@ class Sampled:
     policy: Policy | None = None
     watch: StepWatch = field(default_factory=StepWatch)
     tokens: int = 0
+    selected_from: int | None = None
 
     def columns(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Columns:
         """Return what is known about completions besides their text; of equal texts of a prompt, about the first."""
@@ -91,7 +95,7 @@ def sample_completions(
     context: LabelContext,
     settings: LabelSettings,
     generator: Generator | None = None,
-    open_session: Callable[[Sequence[Prompt]], AbstractContextManager[Receive]] | None = None,
+    open_session: Callable[[Mapping[int, Prompt]], AbstractContextManager[Receive]] | None = None,
 ) -> Sampled:
     """Sample K completions per prompt, held-out prompts too: `train-rm` measures its accuracy on their rankings.
 
@@ -99,7 +103,7 @@ def sample_completions(
         context: of the stage.
         settings: its section.
         generator: draws them; None is that of `generation.engine`.
-        open_session: what receives the completions of these prompts while others are sampled.
+        open_session: what receives the completions of these prompts, by number, while others are sampled.
     """
     path, per_prompt = present(context.inputs.policy), settings.completions_per_prompt
     sampling = stage_sampling(context, settings.sampling, path)
@@ -110,16 +114,27 @@ def sample_completions(
     draws = choose_generator(context, [policy], generator)
     watch = StepWatch(policy.source.device)
     # With several processes the completions of the others reach this one at the end of sampling.
-    session = nullcontext() if open_session is None or world_size() > 1 else open_session(prompts.prompts)
+    chosen = {number: prompts.prompts[number] for number in prompts_to_label(context, prompts)}
+    session = nullcontext() if open_session is None or world_size() > 1 else open_session(chosen)
     with session as receive:
         completions, tokens = draw_completions(
             context, policy, prompts, per_prompt, generator=draws, processes=processes, watch=watch,
-            is_early=open_session is not None, receive=receive,
+            numbers=list(chosen), is_early=open_session is not None, receive=receive,
         )  # fmt: skip
     if processes.is_main:
         write_contract(context, path, style, sampling.settings(), ())
-    candidates = list(map(candidates_of, prompts.prompts, completions))
-    return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, tokens)
+    candidates = list(map(candidates_of, chosen.values(), completions))
+    total = len(prompts) if settings.selects_first else None
+    return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, tokens, total)
+
+
+def prompts_to_label(context: LabelContext, prompts: TokenizedPrompts) -> Sequence[int]:
+    """Return the numbers of the prompts to sample completions for, ascending: all, unless a selection comes first."""
+    if not context.settings.selects_first:
+        return range(len(prompts))
+    from rlhf_cli.stages.label.selection import select_before_sampling
+
+    return select_before_sampling(context, prompts.prompts)
 
 
 def candidates_of(prompt: Prompt, completions: Sequence[Completion]) -> Candidates:

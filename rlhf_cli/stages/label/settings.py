@@ -33,7 +33,8 @@ class ActiveLearningSettings(Section):
 
     by: Literal["random", "uncertainty", "disagreement"]
     """Strategy. `uncertainty`: where the preference of one reward model is closest to 1/2. `disagreement`: where the
-    preferences of several reward models differ most (standard deviation). `random`: the baseline."""
+    preferences of several reward models differ most (standard deviation). `random`: the baseline; completions are
+    sampled for the selected prompts only."""
     prompts: Count
     """Number of prompts to label."""
     completions: Annotated[int, Field(ge=2, le=16)] | None = None
@@ -144,9 +145,16 @@ class LabelSettings(StageSection):
         return self.by != "import" and self.items is None
 
     @property
+    def selects_first(self) -> bool:
+        """Whether prompts are selected before completions are sampled: a random selection needs none."""
+        return self.samples and self.active_learning is not None and self.active_learning.by == "random"
+
+    @property
     def samples_for_people(self) -> bool:
         """Whether annotators can label the first completions while others are sampled."""
-        return self.by == "human" and self.samples and self.active_learning is None  # which selects among all of them
+        selects = self.active_learning is not None and not self.selects_first  # among all completions
+        drops = self.active_learning is not None and self.active_learning.completions is not None
+        return self.by == "human" and self.samples and not (selects or drops)
 
     @property
     def loads_model(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling
 from rlhf_cli.stages.inputs import present
+from rlhf_cli.stages.label.sampling import prompts_to_label
 from rlhf_cli.stages.label.stage import LabelContext
 from rlhf_cli.stages.workload import Reading, Workload, drawing
 
@@ -17,7 +18,8 @@ def read(context: LabelContext) -> Reading | None:
     policy = load_policy(context, path, stage_sampling(context, settings.sampling, path))
     prompts, _ = load_prompts(context, policy, "label.sampling.max_new_tokens")
     shape = context.shape_of(policy.source.folder)
-    lengths = [len(ids) for ids in prompts.ids]
+    ids = [prompts.ids[number] for number in prompts_to_label(context, prompts)]
+    lengths = list(map(len, ids))
     sampling, count = policy.sampling, settings.completions_per_prompt
     note = {"human": "the time of annotators is not counted", "function": ""}.get(
         settings.by, "what ranks the completions is not counted"
@@ -33,5 +35,5 @@ def read(context: LabelContext) -> Reading | None:
             len(lengths), "prompts", (drawn,), prompt=max(lengths, default=None), notes=(note,) if note else ()
         )
 
-    sample = [(ids, []) for ids in prompts.ids[: sampling.batch_size]]
+    sample = [(own, []) for own in ids[: sampling.batch_size]]
     return Reading(at, path, shape, sample, rows=sampling.batch_size, longest=sampling.max_new_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import closing
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.data.records import prompt_key
+from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DiskError, Interrupted, RLHFError, WaitingForLabelsError
 from rlhf_cli.generation.generator import Completion
+from rlhf_cli.labeling.active_learning import Item, select
 from rlhf_cli.labeling.label_sources import STORE
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import Entry, Growth
@@ -151,13 +155,69 @@ def test_all_equal_completions_end_as_they_do_without_people(run, tmp_path):
         run(Drawn(equal=True))
 
 
-def test_active_learning_selects_among_all_before_anything_is_labeled(run, tmp_path):
+def test_completions_that_a_selection_drops_are_never_shown(run, tmp_path):
     stores = []
     generator = Drawn(lambda call: stores.append((tmp_path / "run" / STORE).exists()))
-    with pytest.raises(WaitingForLabelsError, match=r"0 of 3 prompts"):
-        run(generator, active_learning={"by": "random", "prompts": 3})
+    with pytest.raises(WaitingForLabelsError, match=r"0 of 10 prompts"):
+        run(generator, active_learning={"by": "random", "prompts": 10, "completions": 2})
     assert not any(stores)
-    assert generator.calls == [8, 8, 8], "no small chunks for people who have to wait"
+    assert generator.calls == [8, 8, 4], "no small chunks for people who have to wait"
+
+
+SELECTED = {"by": "random", "prompts": 7}
+
+
+def selected_of_all(run, tmp_path, name: str = "all") -> list[str]:
+    """The texts of the prompts that a random selection takes, of a run that sampled and labeled all prompts."""
+    with pytest.raises(WaitingForLabelsError):
+        run(Drawn(), name)
+    label_ready(tmp_path / name)
+    rows = run(Drawn(), name)
+    split = Split(0.1, 0)
+    items = [Item(prompt_key(row["prompt"]), tuple(row["completions"]), split.holds_out(row["prompt"])) for row in rows]
+    taken = select(items, by="random", prompts=7, completions=None, seed=0).selected
+    return [sorted(rows[one.item]["completions"]) for one in taken]
+
+
+def test_a_random_selection_comes_first_and_only_its_prompts_are_sampled(run, tmp_path, capsys):
+    labeled = []
+    generator = Drawn(lambda call: labeled.append(label_ready(tmp_path / "run")))
+    with pytest.raises(WaitingForLabelsError, match=r"of 7 prompts"):
+        run(generator, active_learning=SELECTED)
+    assert generator.calls == [2, 6, 6], "7 of 12 prompts, and people label meanwhile"
+    assert labeled == [0, 1, 3]
+    label_ready(tmp_path / "run")
+    rows = run(Drawn(), active_learning=SELECTED)
+    assert [sorted(row["completions"]) for row in rows] == selected_of_all(run, tmp_path)
+    assert "selected by random: 7 of 12 prompts" in " ".join(capsys.readouterr().err.split())
+    chosen = (tmp_path / "run" / ".label.output" / "chosen.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in chosen] == [row["prompt"] for row in rows]
+
+
+def test_a_selected_run_that_is_interrupted_goes_on_with_its_completions(run, tmp_path):
+    def stop_at_second(call: int) -> None:
+        if call == 1:
+            raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(Drawn(stop_at_second), active_learning=SELECTED)
+    assert progress_of(tmp_path / "run").growth == Growth(1, 7)
+    generator = Drawn()
+    with pytest.raises(WaitingForLabelsError):
+        run(generator, active_learning=SELECTED)
+    assert generator.calls == [6, 6]
+
+
+def test_completions_of_all_prompts_do_not_pass_for_those_of_the_selected_ones(run, tmp_path):
+    """As an attempt of an earlier version left them, which sampled before it selected."""
+    with pytest.raises(WaitingForLabelsError):
+        run(Drawn(), "earlier")
+    shutil.rmtree(tmp_path / "earlier" / Path(STORE).parts[0])
+    with pytest.raises(WaitingForLabelsError):
+        run(Drawn(), "earlier", active_learning=SELECTED)
+    label_ready(tmp_path / "earlier")
+    rows = run(Drawn(), "earlier", active_learning=SELECTED)
+    assert [sorted(row["completions"]) for row in rows] == selected_of_all(run, tmp_path)
 
 
 def test_several_processes_sample_first(run, tmp_path, monkeypatch):
