@@ -51,4 +51,6 @@ def show_outcome(result: RunResult) -> None:
 
 
 def _seconds(row: StageResult) -> str:
-    return "" if row.seconds is None else format_duration(row.seconds)
+    from rlhf_cli.training.monitoring.timing_log import whole_seconds
+
+    return "" if row.seconds is None else format_duration(whole_seconds(row.timing, row.seconds))

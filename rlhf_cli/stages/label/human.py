@@ -16,12 +16,13 @@ from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import SessionProgress
 from rlhf_cli.labeling.statistics.summary import statistics
-from rlhf_cli.progress import warn
+from rlhf_cli.progress import format_duration, warn
 from rlhf_cli.quoting import word
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import check_count, distinct
 from rlhf_cli.stages.label.settings import LabelSettings
 from rlhf_cli.stages.label.stage import LabelContext
+from rlhf_cli.training.monitoring.timing_log import PEOPLE
 
 STORE = "labels.sqlite"
 
@@ -34,11 +35,13 @@ class HumanLabels:
         rankings: aggregated by `human.aggregation`.
         metrics: numbers for the manifest.
         summary: rows for the console.
+        timing: active time of the annotators.
     """
 
     rankings: list[Ranking]
     metrics: dict[str, float]
     summary: list[tuple[str, str]]
+    timing: dict[str, float]
 
 
 def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanLabels:
@@ -73,19 +76,19 @@ def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanL
             f"run `rlhf label stats {word(context.output.parent)}`"
         )
     annotators = sum(row.labels > 0 for row in overview)
-    hours = sum(row.active_seconds for row in overview) / 3600
+    seconds = sum(row.active_seconds for row in overview)
     metrics = {
         "labels": float(progress.labels),
         "annotators": float(annotators),
         "set_aside": float(progress.set_aside),
-        "active_hours": hours,
+        "active_hours": seconds / 3600,
     }
     summary = [
-        ("labels", f"{progress.labels:,} by {_annotators(annotators)}, {hours:.1f} hours"),
+        ("labels", f"{progress.labels:,} by {_annotators(annotators)}, {format_duration(seconds)} of active time"),
     ]
     if progress.set_aside:
         summary.append(("set aside", f"{progress.set_aside:,} prompts, skipped or flagged"))
-    return HumanLabels(aggregate(labels, settings.aggregation), metrics, summary)
+    return HumanLabels(aggregate(labels, settings.aggregation), metrics, summary, {PEOPLE: seconds})
 
 
 def label_plan(label: LabelSettings, seed: int, guidelines: str | None) -> LabelPlan:

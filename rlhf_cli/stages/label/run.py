@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +41,8 @@ from rlhf_cli.stages.label.sampling import (
 )
 from rlhf_cli.stages.label.stage import LabelContext
 from rlhf_cli.stages.precision import decide_precision
-from rlhf_cli.training.monitoring.timing_log import Work, timing_row
+from rlhf_cli.training.monitoring.step_lines import read_rows
+from rlhf_cli.training.monitoring.timing_log import TIMING, Work, append_attempt, timing_row, totals
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -54,14 +57,52 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
         context: of the stage.
         generator: draws completions; None is that of `generation.engine`.
     """
-    settings = context.settings
-    if settings.by == "import":
+    if context.settings.by == "import":
         return _import(context) if is_main() else StageOutcome()
+    attempt = _Attempt(context.work)
+    try:
+        outcome = _ranked(context, generator, attempt)
+    except BaseException:  # as when labels are missing; the next attempt continues, and its time is not all
+        if is_main():
+            attempt.keep()
+        raise
+    return replace(outcome, timing=attempt.totals() | outcome.timing)
+
+
+class _Attempt:
+    """Times of this attempt of the stage, and of those before it.
+
+    Args:
+        work: folder of the stage, which all attempts share.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.sampled: Sampled | None = None
+        self._work, self._began = work, time.monotonic()
+
+    def keep(self) -> None:
+        """Write the times for the next attempt."""
+        append_attempt(self._work, self._row())
+
+    def totals(self) -> dict[str, float]:
+        """Sums over all attempts; see `timing_log.totals`."""
+        return totals([*read_rows(self._work / TIMING), self._row()])
+
+    def _row(self) -> dict[str, float]:
+        row = {}
+        if self.sampled is not None:
+            row = timing_row(self.sampled.watch.end_step(), {"rollout": Work(self.sampled.tokens)})
+        return row | {"time/step": time.monotonic() - self._began}
+
+
+def _ranked(context: LabelContext, generator: Generator | None, attempt: _Attempt) -> StageOutcome:
+    settings = context.settings
     context = decide_precision(context)
     if settings.samples:
         sampled = sample_completions(context, settings, generator, _session_for(context, settings))
     else:
         sampled = given_completions(context, settings)
+    attempt.sampled = sampled
     if settings.active_learning is not None:
         from rlhf_cli.stages.label.active_learning import select_candidates
 
@@ -124,12 +165,13 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
 
         found = run_human(context, candidates)
         skipped: dict[str, int] = {}
+        timing = found.timing
     else:
         from rlhf_cli.stages.label.judge import run_judges
 
         with sampled.watch.phase("scoring", "judging"):
             found = run_judges(context, candidates, sampled.processes)
-        skipped = found.skipped
+        skipped, timing = found.skipped, {}
     if not sampled.processes.is_main:
         return StageOutcome()
     rankings = [ranking for ranking in found.rankings if ranking is not None]
@@ -141,7 +183,7 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
         outcome.metrics | found.metrics,
         outcome.skipped | skipped,
         [*outcome.summary, *found.summary],
-        outcome.timing,
+        timing,
     )
 
 
@@ -206,8 +248,7 @@ def _outcome(
         metrics["mean_score"] = sum(scores) / len(scores)
     if sampled.completions:
         metrics |= _of_completions([completion for group in sampled.completions for completion in group], summary)
-    timing = timing_row(sampled.watch.end_step(), {"rollout": Work(sampled.tokens)})
-    return StageOutcome(metrics, sampled.skips.counts, summary, timing)
+    return StageOutcome(metrics, sampled.skips.counts, summary)
 
 
 def _metrics_of(statistics: RankingStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:

@@ -131,6 +131,14 @@ def _rounded(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in row.items()}
 
 
+def append_attempt(work: Path, row: Mapping[str, float]) -> None:
+    """Append a row of an attempt of a stage without steps, which ended before the stage was done."""
+    done = len(read_rows(work / TIMING))
+    log = TimingLog(work, after_step=done)
+    log.write(done + 1, row)
+    log.close()
+
+
 def append_evaluation(work: Path, step: int, seconds: Mapping[str, float]) -> None:
     """Append the seconds of an evaluation that follows the last step; see `StepWatch.end_step`."""
     log = TimingLog(work, after_step=step)
@@ -151,6 +159,19 @@ _NAMES = {
     "eval": "evaluation",
 }
 _COLUMNS = ("time", "share", "tokens/s", "MFU")
+PEOPLE = "time/people"
+"""Seconds of active time of annotators, who work beside the stage or while it does not run."""
+
+
+def whole_seconds(timing: Mapping[str, float], seconds: float) -> float:
+    """Return the seconds of a stage over all of its attempts, as far as they were logged, without `PEOPLE`.
+
+    Args:
+        timing: see `totals`.
+        seconds: duration of the last attempt.
+    """
+    phases = sum(timing.get(f"time/{name}", 0.0) for name in _NAMES)
+    return max(seconds, phases, timing.get("time/step", 0.0))
 
 
 def table_rows(timing: Mapping[str, float], seconds: float) -> list[Sequence[str]]:
@@ -159,11 +180,10 @@ def table_rows(timing: Mapping[str, float], seconds: float) -> list[Sequence[str
 
     Args:
         timing: see `totals`.
-        seconds: duration of the stage. What phases do not account for is loading, reading, saving and the like. A
-            stage that was resumed has more seconds in its phases than its last attempt took; then they are the whole.
+        seconds: duration of the last attempt. What phases do not account for is loading, reading, saving and the like.
     """
     phases = {name: timing.get(f"time/{name}", 0.0) for name in _NAMES}
-    whole = max(seconds, sum(phases.values()))
+    whole = whole_seconds(timing, seconds)
     large = [name for name in phases if phases[name] and phases[name] >= _SMALLEST * whole]
     if not large:
         return []
@@ -176,7 +196,11 @@ def table_rows(timing: Mapping[str, float], seconds: float) -> list[Sequence[str
     if other >= _SMALLEST * whole:
         rows.append(("other", *_time(other, whole), "", ""))
     mfu = timing.get("throughput/mfu")
-    rows.append(("whole stage", *_time(whole, whole), "", "" if mfu is None else f"{mfu:.1%}"))
+    people = timing.get(PEOPLE)
+    name = "whole stage" if people is None else "whole stage, without people"
+    rows.append((name, *_time(whole, whole), "", "" if mfu is None else f"{mfu:.1%}"))
+    if people is not None:
+        rows.append(("people, while active", format_duration(people), "", "", ""))
     return rows
 
 
@@ -198,7 +222,7 @@ def _used(timing: Mapping[str, float], name: str, seconds: float) -> str:
 
 
 def show_table(stage: str, timing: Mapping[str, float], seconds: float) -> None:
-    """Print where the time of a stage went, on stderr: at most 8 lines."""
+    """Print where the time of a stage went, on stderr: at most 9 lines."""
     rows = table_rows(timing, seconds)
     if not rows:
         return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +51,7 @@ def run(tmp_path: Path, tiny_llama: Path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{'x' * (COUNT - n)} {n}?"}) + "\n" for n in range(COUNT)))
 
-    def run_stage(generator: Drawn, name: str = "run", **human: object) -> list[dict]:
+    def run_stage(generator: Drawn, name: str = "run", outcome: bool = False, **human: object) -> Any:
         active = human.pop("active_learning", None)
         section = {"by": "human", "completions_per_prompt": 2, "sampling": {"max_new_tokens": 4, "batch_size": 8}}
         section |= {"human": {"repeat_share": 0.0} | human} | ({"active_learning": active} if active else {})
@@ -58,8 +60,12 @@ def run(tmp_path: Path, tiny_llama: Path):
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         context = stage_context("label", recipe, **folders, policy=str(tiny_llama), prompts=str(prompts))
-        label.run(context, generator)  # type: ignore[arg-type]
-        return [json.loads(line) for line in (folders["output"] / "rankings.jsonl").read_text().splitlines()]
+        found = label.run(context, generator)  # type: ignore[arg-type]
+        return (
+            found
+            if outcome
+            else [json.loads(line) for line in (folders["output"] / "rankings.jsonl").read_text().splitlines()]
+        )
 
     return run_stage
 
@@ -114,6 +120,28 @@ def test_annotators_see_which_completions_were_cut_off_during_sampling_and_after
     look(99)
     assert len(seen) == 4
     assert set(seen) == {("cut off at the limit of 1 token",) * 2}
+
+
+def test_the_time_of_all_attempts_counts_and_that_of_people_beside_it(run, tmp_path):
+    def slow(call: int) -> None:
+        time.sleep(0.05)
+        if call == 2:
+            raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(Drawn(slow))
+    with pytest.raises(WaitingForLabelsError):
+        run(Drawn(lambda call: time.sleep(0.05)))
+    with closing(LabelSession(tmp_path / "run" / STORE, create=False)) as session:
+        who = session.annotator("Ann").id
+        task = session.next(who)
+        time.sleep(0.01)
+        session.submit(who, task.id, Entry(((0,), (1,))), key="first", active_seconds=0.01)
+    label_ready(tmp_path / "run")
+    timing = run(Drawn(), outcome=True).timing
+    assert timing["time/rollout"] > 2 * 0.05, "of the attempt that waited"
+    assert timing["time/step"] > timing["time/rollout"] + 3 * 0.05, "and of the one that was interrupted"
+    assert timing["time/people"] == pytest.approx(0.01, abs=0.005)
 
 
 def test_no_store_that_looks_complete_before_the_first_completions(run, tmp_path):
@@ -184,8 +212,8 @@ def test_a_random_selection_comes_first_and_only_its_prompts_are_sampled(run, tm
     generator = Drawn(lambda call: labeled.append(label_ready(tmp_path / "run")))
     with pytest.raises(WaitingForLabelsError, match=r"of 7 prompts"):
         run(generator, active_learning=SELECTED)
-    assert generator.calls == [2, 6, 6], "7 of 12 prompts, and people label meanwhile"
-    assert labeled == [0, 1, 3]
+    assert generator.calls == [2, 4, 8], "7 of 12 prompts, and people label meanwhile"
+    assert labeled == [0, 1, 2]
     label_ready(tmp_path / "run")
     rows = run(Drawn(), active_learning=SELECTED)
     assert [sorted(row["completions"]) for row in rows] == selected_of_all(run, tmp_path)
@@ -205,7 +233,7 @@ def test_a_selected_run_that_is_interrupted_goes_on_with_its_completions(run, tm
     generator = Drawn()
     with pytest.raises(WaitingForLabelsError):
         run(generator, active_learning=SELECTED)
-    assert generator.calls == [6, 6]
+    assert generator.calls == [4, 8]
 
 
 def test_completions_of_all_prompts_do_not_pass_for_those_of_the_selected_ones(run, tmp_path):

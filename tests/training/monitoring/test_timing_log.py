@@ -6,8 +6,12 @@ import pytest
 
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.run_logger import RunLogger
+from rlhf_cli.training.monitoring.step_lines import read_rows
 from rlhf_cli.training.monitoring.timing_log import (
+    PEOPLE,
+    TIMING,
     Work,
+    append_attempt,
     append_evaluation,
     read_totals,
     show_table,
@@ -91,11 +95,31 @@ def test_the_table_says_where_the_time_went(capsys):
     ]
 
 
-def test_a_resumed_stage_is_as_long_as_its_phases(capsys):
+def test_a_resumed_stage_is_as_long_as_its_steps(capsys):
     show_table("sft", {"time/update": 60.0, "time/eval": 30.0, "time/step": 95.0}, 40.0)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in lines] == ["sft:", "updates", "evaluation", "whole"]
-    assert lines[-1].split() == ["whole", "stage", "1", "min", "30", "s", "100%"]
+    assert [line.split()[0] for line in lines] == ["sft:", "updates", "evaluation", "other", "whole"]
+    assert lines[-1].split() == ["whole", "stage", "1", "min", "35", "s", "100%"]
+
+
+def test_people_are_no_part_of_the_whole(capsys):
+    show_table("label", {"time/rollout": 200.0, "time/step": 215.0, PEOPLE: 723.4, "tokens/rollout": 8200}, 1.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "label: where the time went          time  share  tokens/s  MFU",
+        "sampling                      3 min 20 s    93%        41",
+        "other                             15.0 s     7%",
+        "whole stage, without people   3 min 35 s   100%",
+        "people, while active         12 min 03 s",
+    ]
+
+
+def test_attempts_of_a_stage_without_steps_add_up(tmp_path):
+    append_attempt(tmp_path, {"time/rollout": 3.0, "time/step": 4.0, "tokens/rollout": 30})
+    append_attempt(tmp_path, {"time/step": 2.5})
+    assert [row["step"] for row in read_rows(tmp_path / TIMING)] == [1, 2]
+    assert read_totals(tmp_path) == {
+        "time/rollout": 3.0, "time/step": 6.5, "tokens/rollout": 30, "throughput/generated_tokens_per_second": 10.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("timing", [{}, {"time/rollout": 0.0}, {"time/rollout": 0.1}])
