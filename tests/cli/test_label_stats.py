@@ -38,10 +38,31 @@ def test_tables_fit_80_columns_without_frames_colors_or_what_strangers_wrote_for
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2500-\u257f\u202e]", result.stdout)
     assert "bed line" in result.stdout
     assert "private (1)" in result.stdout
-    assert "120 labels by 3 annotators: 60 items of 60 prompts, 60 by two or more" in lines[0]
+    assert "120 labels by 3 annotators: 60 prompts, 60 of them ranked by two or more" in lines[0]
     for words in ("same winner, ties excluded", "InstructGPT 72.6%", "linear kappa", "earlier shown wins"):
         assert words in result.stdout
+    assert lines[-1].endswith("`rlhf label export` writes them for other tools") or "next: " in lines[-2]
     assert result.stderr == ""
+
+
+def test_one_newcomer_reads_what_each_number_means_in_units_that_fit(rlhf, tmp_path):
+    """Thirty quick labels and a hidden repeat, as a first run has them."""
+    labels = [replace(one, active_seconds=0.4) for one in crowd([Person("ana")], items=30, overlap=1, seed=1)]
+    repeats = [label for label in labels if label.purpose == "repeat"][:1]
+    labels = [*(label for label in labels if label.purpose == "label"), *repeats]
+    write_labels(tmp_path / "labels.jsonl", labels)
+    lines = rlhf("label", "stats", tmp_path / "labels.jsonl").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "30 labels by 1 annotator: 30 prompts, none ranked by two"
+    assert lines[1] == f"also: {len(repeats)} hidden repeat"
+    text = " ".join(" ".join(lines).split())
+    assert "median time 0.4 s half of them took 0.4 s to 0.4 s" in text
+    assert "Hidden repeats, shown in reverse order, got the same verdict as before." in text
+    assert "agreement - no item was ranked by two annotators Whether others would decide alike." in text
+    assert "0.4 (0.4-0.4)" in text
+    for column in ("with others", "among others", "linear kappa", "0.0 hours"):
+        assert column not in text, "nothing is known of it"
+    assert "next: read the warnings above" in text
 
 
 def test_json_is_one_object_with_everything(rlhf, labels_file):

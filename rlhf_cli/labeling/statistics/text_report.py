@@ -1,20 +1,18 @@
-"""Formats a label report for the terminal: tables without frames, readable in a pipe or an e-mail too."""
+"""Formats a label report for the terminal, without frames and readable in a pipe or an e-mail too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.labeling.label_records import STRENGTHS
 from rlhf_cli.labeling.statistics.descriptive import NO_GUIDELINES
+from rlhf_cli.labeling.statistics.measures_text import measures_text
 from rlhf_cli.labeling.statistics.report import (
-    ALWAYS_LONGER,
-    REFERENCES,
-    SECONDS_PER_LABEL,
-    AnnotatorAgreement,
     AnnotatorReport,
     Distribution,
     Estimate,
@@ -35,22 +33,24 @@ def report_text(report: LabelReport) -> RenderableType:
         return Group(
             *_counts(report), Text("no labels with a ranking yet, so there is nothing to measure"), *_warnings(report)
         )
-    parts: list[RenderableType] = [*_counts(report), "", _agreement(report), _references()]
+    parts: list[RenderableType] = [*_counts(report), "", *measures_text(report)]
     if any(one.labels for one in report.annotators):
-        parts += ["", _annotators(report.annotators), "", _habits(report.annotators)]
+        parts += ["", *_annotators(report.annotators), "", *_habits(report.annotators)]
     if report.agreement.pairs:
         parts += ["", *_pairs(report)]
     parts += ["", _distribution(report)]
     if report.unknown:
         parts += ["", *(Text(f"unknown: {sentence}", style="dim") for sentence in report.unknown)]
-    return Group(*parts, "", *_warnings(report))
+    return Group(*parts, "", *_warnings(report), "", _next(report))
 
 
 def _counts(report: LabelReport) -> Iterator[Text]:
     counts, people = report.counts, len(report.annotators)
+    of = _many(counts.prompts, "prompt")
+    of = of if counts.items == counts.prompts else f"{_many(counts.items, 'item')} of {of}"
+    shared = f"{counts.shared_items:,} of them ranked by two or more" if counts.shared_items else "none ranked by two"
     yield Text(
-        f"{_many(counts.ordinary, 'label')} by {people} {'annotator' if people == 1 else 'annotators'}: "
-        f"{_many(counts.items, 'item')} of {_many(counts.prompts, 'prompt')}, {counts.shared_items:,} by two or more",
+        f"{_many(counts.ordinary, 'label')} by {people} {'annotator' if people == 1 else 'annotators'}: {of}, {shared}",
         style="bold",
     )
     rest = _rest(counts)
@@ -66,72 +66,19 @@ def _counts(report: LabelReport) -> Iterator[Text]:
 
 def _rest(counts: LabelCounts) -> list[str]:
     each = (
-        (counts.repeats, "hidden repeats"),
-        (counts.gold, "gold"),
-        (counts.skipped, "skipped"),
-        (counts.flagged, "flagged"),
-        (counts.replaced, "replaced by a later label of the same annotator"),
+        (counts.repeats, "hidden repeat", "hidden repeats"),
+        (counts.gold, "gold", "gold"),
+        (counts.skipped, "skipped", "skipped"),
+        (counts.flagged, "flagged", "flagged"),
+        (counts.replaced, *("replaced by a later label of the same annotator",) * 2),
     )
-    return [f"{count:,} {what}" for count, what in each if count]
+    return [f"{count:,} {one if count == 1 else many}" for count, one, many in each if count]
 
 
-def _agreement(report: LabelReport) -> Table:
-    found = report.agreement
-    table = _table("all labels", "", "95 % interval", "of", left=(0, 3))
-    if found.with_ties.value is None:
-        _add(table, "agreement", found.with_ties, _percent, "")
-    for name, figure, show in _agreement_rows(found) if found.with_ties.value is not None else ():
-        _add(table, name, figure, show, "items" if figure is found.tau_b else "pairs")
-    if found.strengths.value is not None:
-        _add(table, "Gwet's AC2 of strengths", found.strengths, _two, "items")
-    _add(table, "self-consistency", report.self_consistency, _percent, "pairs")
-    _add(table, "gold accuracy", report.gold, _percent, "pairs")
-    _add(table, "earlier shown wins (unbiased: 50%)", report.first_shown, _percent, "untied pairs")
-    _add(table, f"longer wins (AlpacaEval: {ALWAYS_LONGER:.1%})", report.longer, _percent, "untied pairs")
-    if report.tie_share is not None:
-        table.add_row("ties", f"{report.tie_share:.1%}", "", "pairs")
-    if report.pace is not None:
-        pace = report.pace
-        hour = "" if pace.per_hour is None else f", {pace.per_hour:,.0f} per hour"
-        quartiles = f"{pace.lower:,.0f} to {pace.upper:,.0f}"
-        table.add_row(
-            f"seconds (AlpacaEval: {SECONDS_PER_LABEL})", f"{pace.median:,.1f}", quartiles, f"quartiles{hour}"
-        )
-    return table
-
-
-def _agreement_rows(found: AnnotatorAgreement) -> tuple[tuple[str, Estimate, Callable[[float], str]], ...]:
-    return (
-        ("same winner, ties excluded", found.without_ties, _percent),
-        ("same verdict, ties included", found.with_ties, _percent),
-        ("Kendall's tau-b", found.tau_b, _two),
-        ("Krippendorff's alpha", found.alpha, _two),
-        ("  ordinal, tie in the middle", found.alpha_ordinal, _two),
-        ("Fleiss' kappa", found.fleiss, _two),
-        ("Gwet's AC1", found.ac1, _two),
-        ("Gwet's AC2", found.ac2, _two),
-    )
-
-
-def _add(table: Table, name: str, figure: Estimate, show: Callable[[float], str], unit: str) -> None:
-    if figure.value is None:
-        table.add_row(name, _NOTHING, "", figure.missing)
-        return
-    interval = "" if figure.low is None or figure.high is None else f"{show(figure.low)} to {show(figure.high)}"
-    table.add_row(name, show(figure.value), interval, f"{figure.count:,} {unit}")
-
-
-def _references() -> Text:
-    return Text(
-        "published agreement: " + ", ".join(f"{name} {share:.1%}" for name, share, _ in REFERENCES), style="dim"
-    )
-
-
-def _annotators(people: Sequence[AnnotatorReport]) -> Table:
-    table = _table("annotator", "labels", "skipped", "with others", "among others", "repeats", "gold")
-    for one in people:
-        table.add_row(
-            Text(one_line(one.name)),
+def _annotators(people: Sequence[AnnotatorReport]) -> Iterator[RenderableType]:
+    names = ("annotator", "labels", "skipped", "with others", "among others", "repeats", "gold")
+    rows = [
+        (
             f"{one.labels:,}",
             f"{one.skipped + one.flagged:,}",
             _short(one.agreement),
@@ -139,22 +86,70 @@ def _annotators(people: Sequence[AnnotatorReport]) -> Table:
             _short(one.self_consistency),
             _short(one.gold),
         )
+        for one in people
+    ]
+    yield _by_annotator(names, people, rows)
+    yield _caption(
+        names,
+        rows,
+        {
+            "with others": "the same verdict as another annotator",
+            "among others": "the others with one another",
+            "repeats": "self-consistency",
+            "gold": "gold accuracy; ± is half a 95 % interval",
+        },
+    )
+
+
+def _habits(people: Sequence[AnnotatorReport]) -> Iterator[RenderableType]:
+    names = ("annotator", "earlier wins", "longer wins", "ties", "time", "per hour", "too fast")
+    rows = [
+        (
+            _short(one.first_shown),
+            _short(one.longer),
+            _NOTHING if one.tie_share is None else f"{one.tie_share:.0%}",
+            *_pace(one.pace),
+        )
+        for one in people
+    ]
+    yield _by_annotator(names, people, rows)
+    yield _caption(
+        names,
+        rows,
+        {"time": "median seconds per ranking, and the quartiles", "too fast": "took less time than reading does"},
+    )
+
+
+def _by_annotator(names: Sequence[str], people: Sequence[AnnotatorReport], rows: Sequence[Sequence[str]]) -> Table:
+    """A row per annotator; columns in which nothing is known are omitted."""
+    known = _known(rows)
+    table = _table(names[0], *(names[1 + column] for column in known))
+    for one, row in zip(people, rows, strict=True):
+        table.add_row(Text(one_line(one.name)), *(row[column] for column in known))
     return table
 
 
-def _habits(people: Sequence[AnnotatorReport]) -> Table:
-    table = _table("annotator", "earlier wins", "longer wins", "ties", "seconds", "per hour", "too fast")
-    for one in people:
-        ties = _NOTHING if one.tie_share is None else f"{one.tie_share:.0%}"
-        table.add_row(Text(one_line(one.name)), _short(one.first_shown), _short(one.longer), ties, *_pace(one.pace))
-    return table
+def _caption(names: Sequence[str], rows: Sequence[Sequence[str]], meanings: Mapping[str, str]) -> RenderableType:
+    """What the columns that are shown mean."""
+    shown = [names[1 + column] for column in _known(rows)]
+    said = "; ".join(f"{name}: {meaning}" for name, meaning in meanings.items() if name in shown)
+    return Padding(Text(said, style="dim"), (0, 0, 0, 3))
+
+
+def _known(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [column for column in range(len(rows[0])) if any(row[column] != _NOTHING for row in rows)]
 
 
 def _pace(pace: Pace | None) -> tuple[str, str, str]:
     if pace is None:
         return _NOTHING, _NOTHING, _NOTHING
     hour = _NOTHING if pace.per_hour is None else f"{pace.per_hour:,.0f}"
-    return f"{pace.median:,.0f} ({pace.lower:,.0f}-{pace.upper:,.0f})", hour, f"{pace.fast_share:.0%}"
+    return f"{_plain(pace.median)} ({_plain(pace.lower)}-{_plain(pace.upper)})", hour, f"{pace.fast_share:.0%}"
+
+
+def _plain(seconds: float) -> str:
+    """Seconds without unit: a decimal where it says something."""
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 def _pairs(report: LabelReport) -> Iterator[RenderableType]:
@@ -166,6 +161,8 @@ def _pairs(report: LabelReport) -> Iterator[RenderableType]:
             Text(one_line(pair.first)), Text(one_line(pair.second)), f"{pair.items:,}", f"{pair.agreement:.0%}", *kappas
         )
     yield table
+    kappas = "kappa: agreement of the two beyond chance; linear: a tie against a win is half a disagreement"
+    yield Padding(Text(kappas, style="dim"), (0, 0, 0, 3))
     if len(pairs) > _MOST_PAIRS:
         yield Text(f"the {_MOST_PAIRS} of {len(pairs):,} with the lowest agreement; `--json` has all", style="dim")
 
@@ -177,10 +174,10 @@ def _distribution(report: LabelReport) -> Table:
     table.add_column()
     if len(found.completions) > 1:
         table.add_row("completions per item", _shares(found.completions))
-    table.add_row("tiers per label", _shares(found.tiers) or _NOTHING)
+    table.add_row("different places per label", _shares(found.tiers) or _NOTHING)
     for size, shares in found.winners.items():
         positions = "  ".join(f"{_position(position)} {share:.0%}" for position, share in enumerate(shares))
-        table.add_row(f"position of the best of {size}", f"{positions}  ({1 / size:.0%} expected)")
+        table.add_row(f"the best of {size} was shown as", f"{positions}  ({1 / size:.0%} each if unbiased)")
     if found.strengths:
         total = sum(found.strengths.values())
         named = zip(STRENGTHS, found.strengths.values(), strict=True)
@@ -200,6 +197,13 @@ def _warnings(report: LabelReport) -> Iterator[RenderableType]:
     yield from rendered(report.warnings)
 
 
+def _next(report: LabelReport) -> Text:
+    """What to do with the labels."""
+    use = "`rlhf run RECIPE` trains a reward model on these labels, `rlhf label export` writes them for other tools"
+    first = "read the warnings above, each of which says what to do" if report.warnings else ""
+    return Text(f"next: {first}; then {use}" if first else f"next: {use}", style="bold")
+
+
 def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for position, name in enumerate(names):
@@ -207,7 +211,7 @@ def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
         table.add_column(
             name,
             justify="left" if is_name else "right",
-            no_wrap=is_name and name != "of",
+            no_wrap=is_name,
             overflow="ellipsis" if is_name else "fold",
             max_width=_LONGEST_NAME if name in ("annotator", "two annotators", "") and is_name else None,
         )
@@ -215,13 +219,11 @@ def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
 
 
 def _short(figure: Estimate) -> str:
-    if figure.value is None or figure.low is None or figure.high is None:
-        return _share(figure)
+    if figure.value is None:
+        return _NOTHING
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.0%}"
     return f"{figure.value:.0%} ±{(figure.high - figure.low) * 50:.0f}"
-
-
-def _share(figure: Estimate) -> str:
-    return _NOTHING if figure.value is None else f"{figure.value:.0%}"
 
 
 def _shares(counts: dict[int, int]) -> str:
@@ -231,10 +233,6 @@ def _shares(counts: dict[int, int]) -> str:
 
 def _position(position: int) -> str:
     return chr(ord("A") + position) if position < 26 else str(position + 1)
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
 
 
 def _two(value: float) -> str:
