@@ -47,7 +47,9 @@ def test_tables_fit_80_columns_without_frames_colors_or_what_strangers_wrote_for
 
 def test_one_newcomer_reads_what_each_number_means_in_units_that_fit(rlhf, tmp_path):
     """Thirty quick labels and a hidden repeat, as a first run has them."""
-    labels = [replace(one, active_seconds=0.4) for one in crowd([Person("ana")], items=30, overlap=1, seed=1)]
+    labels = [
+        replace(one, active_seconds=0.4) for one in crowd([Person("ana")], items=30, overlap=1, repeats=0.3, seed=1)
+    ]
     repeats = [label for label in labels if label.purpose == "repeat"][:1]
     labels = [*(label for label in labels if label.purpose == "label"), *repeats]
     write_labels(tmp_path / "labels.jsonl", labels)

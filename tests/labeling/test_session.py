@@ -15,6 +15,7 @@ from rlhf_cli.labeling.label_records import read_labels, write_labels
 from rlhf_cli.labeling.label_sources import labels_of
 from rlhf_cli.labeling.session.assignment import LEASE_MS, shown_order
 from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.progress import tasks_note
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.store import FORMAT, LabelStore
 from rlhf_cli.labeling.session.types import (
@@ -340,6 +341,34 @@ def test_hidden_repeats_come_late_once_in_another_order_and_count_apart(store, c
     for number, task in enumerate(tasks):
         assert number - place.setdefault(task.prompt, number) in {0, *range(5, 200)}
     assert session.progress().labels == 120
+
+
+def test_the_number_of_hidden_tasks_is_told_from_the_beginning_and_never_which(store, clock):
+    gold = tuple(Candidates(f"gold {n}", ("good", "bad"), ((0,), (1,))) for n in range(3))
+    session = opened(store, clock, count=40, gold=gold, repeat_share=0.2, gold_share=0.1)
+    ann, told = session.annotator("Ann").id, set()
+    while (task := session.next(ann)) is not None:
+        for _ in range(2):  # before and after the label
+            progress = session.progress(ann)
+            told.add((progress.mine + progress.left_for_me, progress.hidden))
+            session.submit(ann, task.id, best_first(task), key=f"key {task.id}", active_seconds=0)
+    labels = session.labels()
+    hidden = sum(label.purpose != "label" for label in labels)
+    assert told == {(len(labels), hidden)}
+    assert len(labels) == 40 + hidden > 45
+    note = tasks_note(session.progress(ann), session.plan)
+    assert note == f"{len(labels)} tasks: 40 prompts, and {hidden} that check the labels"
+
+
+def test_more_tasks_than_prompts_are_explained(store, clock):
+    session = opened(store, clock, count=30, repeat_share=0.2, seed=1)
+    progress = session.progress(session.annotator("Ann").id)
+    count = progress.hidden
+    assert count > 0
+    note = f"{30 + count} tasks: 30 prompts, {count} of them twice to measure your consistency"
+    assert tasks_note(progress, session.plan) == note
+    plain = opened(store.with_name("plain.sqlite"), clock, count=30)
+    assert tasks_note(plain.progress(plain.annotator("Ann").id), plain.plan) == ""
 
 
 def test_gold_is_shown_among_the_others_and_keeps_its_known_order(store, clock):

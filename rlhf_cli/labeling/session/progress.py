@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from rlhf_cli.labeling.session.assignment import remaining_tasks
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.rows import Action
 from rlhf_cli.labeling.session.state import LabelState
 from rlhf_cli.labeling.session.types import AnnotatorOverview, SessionProgress
@@ -17,10 +18,11 @@ def progress_of(state: LabelState, annotator: int | None) -> SessionProgress:
     """Progress of the session, and of one annotator if given."""
     to_come = 0 if state.growth is None else state.growth.to_come
     items, unresolved = len(state.listed) + to_come, len(state.unresolved) + to_come
-    done, left, mine = items - unresolved, 0, []
+    done, left, hidden, mine = items - unresolved, 0, 0, []
     if annotator is not None:
-        mine = state.stack[annotator]
-        left = remaining_tasks(state, annotator, unresolved - state.open_answered[annotator])
+        mine, ordinary = state.stack[annotator], unresolved - state.open_answered[annotator]
+        left = remaining_tasks(state, annotator, ordinary)
+        hidden = left - ordinary + sum(state.assignments[one.assignment].purpose != "label" for one in mine)
     return SessionProgress(
         items=items,
         done=done,
@@ -30,9 +32,21 @@ def progress_of(state: LabelState, annotator: int | None) -> SessionProgress:
         is_complete=state.growth is None and done >= state.plan.enough * items - _ROUNDING,  # 0.07 * 100 is above 7
         mine=len(mine),
         left_for_me=left,
+        hidden=hidden,
         pace_seconds=_median_seconds(mine[-_PACE_OVER:]),
         growth=state.growth,
     )
+
+
+def tasks_note(progress: SessionProgress, plan: LabelPlan) -> str:
+    """Why an annotator has more tasks than prompts, without saying which; empty if there are not more."""
+    tasks, count = progress.mine + progress.left_for_me, progress.hidden
+    if not count:
+        return ""
+    prompts = f"{tasks:,} tasks: {tasks - count:,} {'prompt' if tasks - count == 1 else 'prompts'}"
+    if plan.gold_share:
+        return f"{prompts}, and {count:,} that {'checks' if count == 1 else 'check'} the labels"
+    return f"{prompts}, {count:,} of them twice to measure your consistency"
 
 
 def overview_of(state: LabelState) -> list[AnnotatorOverview]:

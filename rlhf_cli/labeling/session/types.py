@@ -203,6 +203,7 @@ class SessionProgress:
         is_complete: the pipeline can continue.
         mine: tasks this annotator has finished, including skips, flags, hidden repeats and gold.
         left_for_me: tasks this annotator may still receive, including hidden repeats and gold.
+        hidden: hidden repeats and gold in both of these.
         pace_seconds: median active time of this annotator's latest labels; None before the first.
         growth: how far sampling is; None if all items are there.
     """
@@ -215,6 +216,7 @@ class SessionProgress:
     is_complete: bool
     mine: int = 0
     left_for_me: int = 0
+    hidden: int = 0
     pace_seconds: float | None = None
     growth: Growth | None = None
 

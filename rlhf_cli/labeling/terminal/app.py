@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.durations import format_duration
+from rlhf_cli.labeling.session.progress import tasks_note
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import Entry, SamplerStatus, SessionProgress
 from rlhf_cli.labeling.terminal.controller import Controller, VisitCounts
@@ -33,6 +34,7 @@ class Outcome:
         has_draft: the open task has an entry.
         is_draft_kept: it is on disk.
         signum: of `signal`; None otherwise.
+        note: why there are more tasks than prompts; empty if there are not.
     """
 
     end: End
@@ -41,6 +43,7 @@ class Outcome:
     has_draft: bool
     is_draft_kept: bool
     signum: int | None = None
+    note: str = ""
 
 
 def label_in_terminal(
@@ -83,7 +86,9 @@ def label_in_terminal(
                 raise
     end = _end(controller, signum)
     entered = controller.state.task is not None and controller.state.entry != Entry()
-    outcome = Outcome(end, controller.counts, session.progress(person.id), entered, controller.is_draft_kept, signum)
+    progress = session.progress(person.id)
+    note = tasks_note(progress, session.plan)
+    outcome = Outcome(end, controller.counts, progress, entered, controller.is_draft_kept, signum, note)
     if signum != signal.SIGHUP:  # otherwise nobody can read it
         for line in closing_lines(outcome, "" if signum in (None, signal.SIGINT) else resume_command, afterwards):
             say(line, always=True)
@@ -142,6 +147,8 @@ def closing_lines(outcome: Outcome, resume_command: str, afterwards: str) -> lis
     """
     progress = outcome.progress
     lines = [_done(outcome.counts)]
+    if outcome.note and not progress.left_for_me:
+        lines.append(outcome.note)
     if not outcome.is_draft_kept:
         lines.append("your last entry could not be saved")
     elif outcome.has_draft:

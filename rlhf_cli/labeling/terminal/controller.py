@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.progress import tasks_note
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import (
     Annotator,
@@ -28,6 +29,7 @@ from rlhf_cli.labeling.terminal.state import (
     Failure,
     ScrollArea,
     State,
+    hinted,
     warned,
     with_failure,
     with_plan,
@@ -99,8 +101,11 @@ class Controller:
         is_resumed = task is not None and task.draft is not None and task.draft != Entry()
         if is_resumed and self.state.view == "rank":
             self.state = replace(self.state, hint="resumed your draft", hint_style="good")
-        elif self.state.plan.guidelines and task is not None and not self.state.progress.mine and not is_resumed:
-            self.state = replace(self.state, view="help", before="rank")  # show the guidelines before the first label
+        elif task is not None and not self.state.progress.mine and not is_resumed:
+            if self.state.plan.guidelines:  # show them before the first label
+                self.state = replace(self.state, view="help", before="rank")
+            elif not self.state.hint:
+                self.state = hinted(self.state, tasks_note(self.state.progress, self.state.plan))
 
     def pressed(self, key: Key, scroll_area: ScrollArea) -> Effect | None:
         """Handle a key; returns effects for the terminal: quit, suspend, redraw."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_cli.labeling.session.progress import tasks_note
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.labeling.terminal.guide import guide_rows
 from rlhf_cli.labeling.terminal.layout import GUTTER, Document, document
 from rlhf_cli.labeling.terminal.panels import ending_rows, footer, header, sampling_note
 from rlhf_cli.labeling.terminal.state import ScrollArea, State
-from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, width_of
+from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, width_of, wrap
 
 MIN_WIDTH, MIN_HEIGHT = 40, 12
 
@@ -30,7 +31,7 @@ class Screen:
 def scroll_area(state: State, width: int, height: int) -> ScrollArea:
     """The scrollable area of the current view, for `step`."""
     if state.view == "help":
-        return ScrollArea(max(1, height - 4), len(guide_rows(state.plan, width)))
+        return ScrollArea(max(1, height - 4), len(_guide(state, width)))
     laid_out = _laid_out(state, width, height)
     if laid_out is None:
         return ScrollArea(max(1, height), 0)
@@ -154,8 +155,14 @@ def _rule(width: int, left: str = "", right: str = "") -> Row:
     return (Piece(start + middle + " ", "dim"), Piece(end[1:-3], "accent"), Piece(" ──", "dim"))
 
 
+def _guide(state: State, width: int) -> list[Row]:
+    """What the tasks are, guidelines and keys."""
+    note = tasks_note(state.progress, state.plan)
+    return [*(wrap(f"{note}.", width - 2) if note else ()), *(((),) if note else ()), *guide_rows(state.plan, width)]
+
+
 def _help(state: State, width: int, height: int) -> Screen:
-    guide = guide_rows(state.plan, width)
+    guide = _guide(state, width)
     page = max(1, height - 4)
     top = max(0, min(state.help_top, len(guide) - page))
     below = len(guide) - top - page

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from rlhf_cli.data.records import prompt_to_json
 from rlhf_cli.errors import DiskError, RLHFError, RunInUseError
 from rlhf_cli.labeling.label_records import STRENGTHS
+from rlhf_cli.labeling.session.progress import tasks_note
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import (
     COMPLETION_LETTERS,
@@ -187,6 +188,7 @@ class LabelApp:
         return {
             "task": None if task is None else _task_to_json(task),
             "progress": asdict(progress),
+            "tasks": tasks_note(progress, session.plan),
             "is_sampling": progress.growth is not None and self._is_sampling(),
         }
 

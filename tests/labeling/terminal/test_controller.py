@@ -505,3 +505,19 @@ def test_a_store_that_cannot_be_read_is_reported_and_the_entry_stays(growing, cl
     clock.now += 2
     controller.tick()
     assert controller.state.progress.growth == Growth(2, 3)
+
+
+def test_the_first_screen_explains_more_tasks_than_prompts_once(tmp_path, clock):
+    session = LabelSession(tmp_path / "labels.sqlite")
+    items = [Candidates(f"question {n}", ("one", "two")) for n in range(30)]
+    session.prepare(LabelPlan(repeat_share=0.2, seed=1), items)
+    person = session.annotator("Ann")
+    controller = Controller(session, person, clock)
+    controller.begin()
+    assert "tasks: 30 prompts, " in controller.state.hint
+    controller.pressed(Key("text", "a"), EXTENT)
+    assert "prompts" not in controller.state.hint
+    session.submit(person.id, controller.state.task.id, Entry(((0,), (1,))), key="first", active_seconds=0)
+    later = Controller(session, person, clock)
+    later.begin()
+    assert later.state.hint == ""

@@ -96,6 +96,18 @@ def test_no_row_is_wider_than_the_terminal_and_no_text_of_a_stranger_is_obeyed(s
 _OBEYED = {chr(code) for code in (*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0x200B)}
 
 
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_help_explains_more_tasks_than_prompts(width):
+    state = replace(at_task("a", "b"), view="help")
+    assert "twice" not in shown(state, width)
+    state = replace(state, progress=replace(PROGRESS, hidden=2))
+    text = " ".join(shown(state, width, 60).split())
+    assert "40 tasks: 38 prompts, 2 of them twice to measure your consistency." in text
+    assert "best to worst" in text
+    screens = [shown(replace(state, help_top=top), width, 12) for top in range(scroll_area(state, width, 12).last + 1)]
+    assert any("quit; your entries" in screen for screen in screens), "the end is reached by scrolling"
+
+
 CUT_OFF = "cut off at the limit of 64 tokens"
 
 
@@ -293,6 +305,9 @@ def test_the_last_lines_say_what_was_done_and_what_is_left():
         "no labels were submitted",
         "nothing is left for you; the rest is assigned to others",
     ]
+    explained = replace(outcome, note="31 tasks: 30 prompts, 1 of them twice to measure your consistency")
+    assert closing_lines(explained, "", "now train")[1] == explained.note
+    assert explained.note not in closing_lines(replace(explained, progress=PROGRESS), "", "")
     complete = replace(outcome, progress=replace(done, is_complete=True), has_draft=True, is_draft_kept=False)
     assert closing_lines(complete, "", "now train")[1:] == [
         "your last entry could not be saved",

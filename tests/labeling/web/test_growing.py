@@ -37,6 +37,7 @@ def test_tasks_appear_as_they_are_sampled(tmp_path: Path):
             assert given["is_sampling"] is True
             assert given["progress"]["growth"] == {"sampled": 1, "prompts": 3}
             assert (given["progress"]["mine"], given["progress"]["left_for_me"]) == (1, 2)
+            assert given["tasks"] == "", "as many tasks as prompts"
             sampler.grow(items[1:2], Growth(2, 3))
             assert next_of(client, "Ada")["task"]["prompt"] == "Question 1?"
             is_sampling[0] = False

@@ -39,12 +39,14 @@ function showLost(reason, seconds) {
   $("lost").hidden = false;
 }
 
-function showProgress(progress, isSampling) {
+function showProgress({ progress, tasks, is_sampling: isSampling }) {
   growth = progress.growth;
   const all = progress.mine + progress.left_for_me;
   $("progress").max = Math.max(all, 1);
   $("progress").value = progress.mine;
-  const parts = [`${progress.mine} done`, `${progress.left_for_me} left`];
+  $("tasks").hidden = !tasks;
+  $("tasks").textContent = `${tasks}.`;
+  const parts = [progress.mine === 0 && tasks ? tasks : `${progress.mine} done`, `${progress.left_for_me} left`];
   if (progress.pace_seconds) {
     parts.push(`${inWords(progress.pace_seconds)} each`);
     if (progress.left_for_me) parts.push(`about ${inWords(progress.pace_seconds * progress.left_for_me)} remaining`);
@@ -66,7 +68,7 @@ async function show(next) {
     showPlan(fresh);
     next = fresh;
   }
-  showProgress(next.progress, next.is_sampling);
+  showProgress(next);
   if (next.task) showTask(next.task);
   else showFinished(next.progress, next.is_sampling);
   if (session !== before && task) tellPlanChanged(before.guidelines);
@@ -124,7 +126,7 @@ function showFinished(progress, isSampling) {
 /** Show the progress of others, in place: nothing takes the focus. */
 function showHowFar(next) {
   if (!growth) return;
-  showProgress(next.progress, next.is_sampling);
+  showProgress(next);
   if (!task) {
     $("message-title").textContent = finishedTitle(next.progress, next.is_sampling);
     $("message-text").textContent = whatIsLeft(next.progress, next.is_sampling);
