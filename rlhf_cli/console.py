@@ -88,7 +88,25 @@ def spinner(text: str) -> Iterator[None]:
 
     What is typed meanwhile is not shown, which would break its line, and is read by the next question.
     """
-    with without_echo(), console.status(text, refresh_per_second=4):
+    _Notice.spinners += 1
+    try:
+        with without_echo(), console.status(text, refresh_per_second=4):
+            yield
+    finally:
+        _Notice.spinners -= 1
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show a spinner on a terminal while something without a bar may take seconds, unless something is shown already.
+
+    Args:
+        text: what is being done.
+    """
+    if not interactive() or _Notice.bars or _Notice.spinners:
+        yield
+        return
+    with spinner(text):
         yield
 
 
@@ -109,10 +127,11 @@ def without_echo() -> Iterator[None]:
 
 
 class _Notice:
-    """A line under the bars on the screen, and how many of them there are."""
+    """A line under the bars on the screen, how many of them there are, and how many spinners."""
 
     text = ""
     bars = 0
+    spinners = 0
 
 
 def show_under_bar(text: str) -> bool:

@@ -10,8 +10,9 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
+from rlhf_cli import console as console_module
 from rlhf_cli import progress
-from rlhf_cli.console import Messages, show_under_bar
+from rlhf_cli.console import Messages, muted, show_under_bar, spinner, working
 from rlhf_cli.durations import format_clock, format_duration
 from tests.terminals import screen_of
 
@@ -255,3 +256,49 @@ def test_a_request_to_stop_waits_for_the_step_that_is_under_way(clock):
         assert progress.what_is_saved() == "the current token of sampling completions, in about 3.0 s"
         clock[0] += 4
         assert progress.what_is_saved() == "the current token of sampling completions, about to end"
+
+
+@pytest.fixture
+def screen(monkeypatch) -> io.StringIO:
+    """What is written to a terminal of 80 columns."""
+    written = io.StringIO()
+    watched = Messages(file=written, force_terminal=True, width=80)
+    for module in (progress, console_module):
+        monkeypatch.setattr(module, "console", watched)
+        monkeypatch.setattr(module, "interactive", lambda: True)
+    return written
+
+
+def test_work_without_a_bar_is_shown_and_leaves_nothing(screen):
+    with working("loading a model ..."):
+        progress.say("a message")
+    assert "loading a model ..." in screen.getvalue()
+    assert [line for line in screen_of(screen.getvalue(), 80) if line] == ["a message"]
+
+
+def test_work_within_something_shown_is_not_shown(screen):
+    with spinner("reading ..."), working("hidden within a spinner"):
+        pass
+    with progress.task("ppo", 3), working("hidden within a bar"):
+        pass
+    with working("reading ..."), working("hidden within another"):
+        pass
+    assert "hidden" not in screen.getvalue()
+    with working("shown again"):
+        pass
+    assert "shown again" in screen.getvalue()
+
+
+def test_work_is_not_shown_without_a_terminal(capsys):
+    with working("loading ..."):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_muted_messages_are_not_shown_and_a_spinner_is(screen):
+    with spinner("measuring ..."), muted():
+        progress.say("hidden")
+        progress.warn("hidden too")
+    progress.say("shown")
+    assert "measuring ..." in screen.getvalue()
+    assert [line for line in screen_of(screen.getvalue(), 80) if line] == ["shown"]

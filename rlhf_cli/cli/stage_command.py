@@ -136,6 +136,20 @@ def _loaded(
     section: str | None,
     first: str | None,
 ) -> LoadedRecipe:
+    from rlhf_cli.console import working
+
+    with working("reading the recipe ..."):
+        return _read(given, flags, overrides, section=section, first=first)
+
+
+def _read(
+    given: Mapping[str, Any],
+    flags: Sequence[Flag],
+    overrides: Sequence[Override],
+    *,
+    section: str | None,
+    first: str | None,
+) -> LoadedRecipe:
     from rlhf_cli.errors import RecipeError
     from rlhf_cli.recipe.loader import load_recipe
 

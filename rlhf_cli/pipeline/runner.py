@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.console import show_under_bar
+from rlhf_cli.console import show_under_bar, working
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
 from rlhf_cli.distributed.ranks import is_main
@@ -127,7 +127,8 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         if is_joined():  # on several machines, at once; on one, with the first stage: all may be up to date
             coordinator.begin()
         planner = Planner(recipe, directory, chosen, selection)
-        steps = planner.plan(partial(check_steps, recipe))
+        with working("checking the recipe, its models and its data ..."):
+            steps = planner.plan(partial(check_steps, recipe))
         if to_run := not_cached(steps):
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.console import working
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
@@ -42,7 +43,8 @@ def run_stage(context: StageContext[Any, Any]) -> StageOutcome:
     Raises:
         RLHFError: it ran out of memory, or any problem of the stage.
     """
-    module = importlib.import_module(context.stage.module)
+    with working(f"{context.stage.name}: loading libraries ..."):
+        module = importlib.import_module(context.stage.module)
     name, patience = context.stage.name, context.recipe.stall_seconds
     with contextlib.redirect_stdout(sys.stderr), _explained(context.stage, context.settings), watching(patience, name):
         outcome: StageOutcome = module.run(context)

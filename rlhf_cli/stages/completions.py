@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.console import working
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.progress import Drawing
@@ -70,7 +71,8 @@ def draw_completions(
         if receive is not None and file.left:
             receive(file.sampled())
     if file.left:
-        with policy.model():
+        _ = policy.source.folder_with_weights  # a download has bars of its own
+        with working(f"loading {policy.source.path} ..."), policy.model():
             pass  # loads the weights, which is not sampling
 
     def draw(chunk: Sequence[int], progress: Drawing) -> list[Completion]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.console import muted, spinner
+from rlhf_cli.durations import format_duration
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.pipeline.planner import Selection
-from rlhf_cli.progress import format_duration, say, warn
+from rlhf_cli.progress import say, warn
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.start.draft import Draft

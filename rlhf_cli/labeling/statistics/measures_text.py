@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from rlhf_cli.durations import format_duration
 from rlhf_cli.labeling.statistics.report import (
     ALWAYS_LONGER,
     REFERENCES,
@@ -18,7 +19,6 @@ from rlhf_cli.labeling.statistics.report import (
     LabelReport,
     Pace,
 )
-from rlhf_cli.progress import format_duration
 
 _NAME, _VALUE = 30, 8
 """Columns of a measure's name and value."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlhf_cli.data.records import Candidates, Ranking
 from rlhf_cli.distributed.worker import hand_over, is_handed_over
+from rlhf_cli.durations import format_duration
 from rlhf_cli.errors import WaitingForLabelsError
 from rlhf_cli.labeling.aggregation import aggregate, check_installed
 from rlhf_cli.labeling.label_records import write_labels
@@ -16,7 +17,7 @@ from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import SessionProgress
 from rlhf_cli.labeling.statistics.summary import statistics
-from rlhf_cli.progress import format_duration, warn
+from rlhf_cli.progress import warn
 from rlhf_cli.quoting import word
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import check_count, distinct
