@@ -9,16 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup, leave
@@ -182,7 +180,7 @@ def server(model: Path, adapter: str, folder: Path) -> dict[str, object]:
 class Kept(vllm_stand_in.LLM):
     """Compares what it is given with the whole weights, and notes the seeds of its requests."""
 
-    policy: Callable[[], AbstractContextManager[PreTrainedModel]]
+    policy: ClassVar[Any] = None  # returns the context of the policy's model
     off = 0.0
 
     def collective_rpc(self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None) -> list[None]:
@@ -194,7 +192,7 @@ class Kept(vllm_stand_in.LLM):
         Kept.off = max(Kept.off, *(float((own[name] - one).abs().max()) for name, one in whole_weights.items()))
         return []
 
-    def seeds(self) -> list[int]:
+    def seeds(self) -> list[int | None]:
         return [one.seed for one in self.parameters if one.max_tokens != PROBE_REQUESTS.max_new_tokens]
 
 
@@ -226,7 +224,7 @@ def colocated(model: Path, adapter: str, folder: Path) -> dict[str, object]:
 
     with pytest.raises(Interrupted):
         run("two", is_sharded=True, stop=StopAtCheck(STEPS // 2))
-    engines = [vllm_stand_in.LLM.made[0]]
+    engines: list[Any] = [vllm_stand_in.LLM.made[0]]
     together = run("two", is_sharded=True)
     engines += vllm_stand_in.LLM.made
     seeds = processes.all_gather_object([seed for engine in engines for seed in engine.seeds()])
@@ -234,7 +232,8 @@ def colocated(model: Path, adapter: str, folder: Path) -> dict[str, object]:
     off = max(processes.all_gather_object(Kept.off))
     failed = failing_in_one(together, processes)
     single = run(f"one-{processes.index}", is_sharded=False)
-    drawn = vllm_stand_in.LLM.made[0].seeds()
+    (alone,) = vllm_stand_in.LLM.made
+    drawn = alone.seeds()  # type: ignore[attr-defined]
     rows = [json.loads(line) for line in (folder / "two" / "metrics.jsonl").read_text().splitlines()]
     patch.undo()
     return compared(together, single) | {
