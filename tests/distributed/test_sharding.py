@@ -99,8 +99,8 @@ def test_a_process_that_makes_a_pass_less_than_the_others_ends_at_once(how: str,
     make_model("llama", tmp_path / "llama")
     first, second = started_by_rank("missing_pass.py", [tmp_path / "llama", how], 2)
     try:
-        _, said = second.communicate(timeout=120)
-        first.communicate(timeout=30)
+        _, said = second.communicate(timeout=300)
+        first.communicate(timeout=120)
     finally:
         for process in (first, second):
             if process.poll() is None:
