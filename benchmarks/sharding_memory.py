@@ -5,7 +5,10 @@
 Each run is the real command with gloo on the CPU, in float32: two steps on short texts, ended by SIGTERM after the
 first one is saved, and the same command again, which resumes and writes the artifact. `ppo-none` has a reward model
 of its own. A process imports the libraries, notes its resident memory, resets the peak of the kernel, runs the command
-and reports the difference (VmHWM). Linux only.
+and reports the difference (VmHWM), with the line of rlhf_cli that ran then. What the same command with a model of
+100,000 weights holds, which is modules, buffers and sockets, is subtracted. CPU seconds are those of all ranks and both
+commands, without imports. Linux only. With MALLOC_TOP_PAD_=131072 in the environment, which is glibc's default, rlhf
+leaves glibc as it is.
 
 The bound is 1.15 x whole / ranks + what no rank divides: activations, and the weights that are gathered for passes and
 to draw, as `rlhf plan` counts them. `whole` is what one process would hold: weights, gradients, moments.
@@ -41,6 +44,7 @@ def make_inputs(folder: Path, hidden: int, layers: int) -> None:
     from rlhf_cli.models.build import build_model
     from rlhf_cli.settings.shared import BuildSettings
 
+    folder.mkdir(exist_ok=True)
     texts = [f"What is {number}? It is {number * 7} or so." for number in range(200)]
     heads = hidden // 64
     build = BuildSettings(
@@ -59,7 +63,7 @@ def make_inputs(folder: Path, hidden: int, layers: int) -> None:
     (folder / "demonstrations.jsonl").write_text(lines, encoding="utf-8")
 
 
-def recipe(folder: Path, run: str, ranks: int) -> Path:
+def recipe(folder: Path, run: str, ranks: int, device: str = "cpu") -> Path:
     """Write the recipe of a run; returns its path."""
     stage, adapter = run.split("-")
     training: dict[str, Any] = {"adapter": adapter, "micro_batch_size": 1, "checkpoint_steps": 1}
@@ -77,7 +81,7 @@ def recipe(folder: Path, run: str, ranks: int) -> Path:
     (folder / "reward.py").write_text(
         "def score(prompts, completions):\n    return [float(len(one)) for one in completions]\n", encoding="utf-8"
     )
-    model = {"path": "model", "precision": "float32", "device": "cpu", "threads": 1}
+    model = {"path": "model", "precision": "float32", "device": device, "threads": 1}
     content = {
         "name": "memory",
         "model": model | ({"sharding": "fsdp"} if ranks > 1 else {}),
@@ -97,6 +101,7 @@ def memory(name: str) -> int:
 
 def work(report: Path, stop_after: str, arguments: Sequence[str]) -> None:
     """Run a command in this process and write the peak of its resident memory above that after the imports."""
+    import matplotlib.backends.backend_agg  # noqa: F401
     import peft  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -105,22 +110,34 @@ def work(report: Path, stop_after: str, arguments: Sequence[str]) -> None:
     import rlhf_cli.stages.sft.training  # noqa: F401
     from rlhf_cli.cli import entry
 
-    baseline = memory("VmRSS")
+    baseline, since = memory("VmRSS"), time.process_time()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-    threading.Thread(target=_watch, args=(report, baseline), daemon=True).start()
+    threading.Thread(target=_watch, args=(report, baseline, since), daemon=True).start()
     if stop_after:
         threading.Thread(target=_stop, args=(Path(stop_after),), daemon=True).start()
     sys.argv = ["rlhf", *arguments]
     entry()
 
 
-def _watch(report: Path, baseline: int) -> None:
-    """Write the peak again and again, since a stopped command ends without another word."""
+def _watch(report: Path, baseline: int, since: float) -> None:
+    """Write peak, its line and CPU seconds again and again, since a stopped command ends without another word."""
+    line, largest = "", 0
     while True:
+        if (resident := memory("VmRSS")) > largest:
+            line, largest = _line(), resident
         partial = report.with_suffix(".partial")
-        partial.write_text(str(memory("VmHWM") - baseline), encoding="utf-8")
+        found = {"peak": memory("VmHWM") - baseline, "line": line, "seconds": time.process_time() - since}
+        partial.write_text(json.dumps(found), encoding="utf-8")
         partial.replace(report)
-        time.sleep(0.05)
+        time.sleep(0.01)
+
+
+def _line() -> str:
+    """Return the innermost line of rlhf_cli that the main thread runs."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and "/rlhf_cli/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename.rpartition('/rlhf_cli/')[2]}:{frame.f_lineno}"
 
 
 def _stop(checkpoint: Path) -> None:
@@ -129,8 +146,8 @@ def _stop(checkpoint: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def peaks(folder: Path, run: str, ranks: int, *, resumes: bool) -> list[int]:
-    """Run a command with several ranks; returns the peak of each.
+def measured(folder: Path, run: str, ranks: int, *, resumes: bool) -> list[dict[str, Any]]:
+    """Run a command with several ranks; returns the report of each: bytes of its peak, the line there, CPU seconds.
 
     Raises:
         RuntimeError: a rank failed; its output is shown.
@@ -158,10 +175,10 @@ def peaks(folder: Path, run: str, ranks: int, *, resumes: bool) -> list[int]:
     codes = [process.returncode for process in started]
     if any(code not in ((0,) if resumes else (128 + signal.SIGTERM, -signal.SIGTERM)) for code in codes):
         raise RuntimeError(f"{run} on {ranks} ended with {codes}:\n" + "\n".join(output)[-4_000:])
-    return [int(report.read_text(encoding="utf-8")) for report in reports]
+    return [json.loads(report.read_text(encoding="utf-8")) for report in reports]
 
 
-def counted(folder: Path, run: str, ranks: int) -> tuple[float, float]:
+def counted(folder: Path, run: str, ranks: int, device: str = "cpu") -> tuple[float, float]:
     """Return bytes that one process would hold, and those that each of several ranks holds whole, as planned."""
     import yaml
 
@@ -170,20 +187,19 @@ def counted(folder: Path, run: str, ranks: int) -> tuple[float, float]:
     from rlhf_cli.recipe.schema import Recipe
     from rlhf_cli.stages.registry import stage as stage_named
 
-    content = yaml.safe_load(recipe(folder, run, max(ranks, 2)).read_text(encoding="utf-8"))
+    content = yaml.safe_load(recipe(folder, run, max(ranks, 2), device).read_text(encoding="utf-8"))
     stage = stage_named(run.split("-")[0])
     shape, found = ModelShape.required(folder / "model"), Recipe.model_validate(content)
     reward = shape if run == "ppo-none" else None
     settings = found.section(stage.name)
-    extent = Extent(shape, reward, on_cpu=True, process=0, tokens=48)
+    extent = Extent(shape, reward, on_cpu=device == "cpu", process=0, tokens=48)
     needs = [stage.memory(settings, found, replace(extent, processes=count)) for count in (1, ranks)]
     alone, shared = (need.phases if need is not None else {} for need in needs)
-    held = [alone["update"]]
-    if run == "ppo-none":  # these rest while one process updates
-        held.append({role: alone["passes"][role] for role in ("reference", "reward model")})
-    whole = sum(size for roles in held for role, size in roles.items() if role in DIVIDED)
+    held: dict[str, int] = {}
+    for roles in (roles for phase, roles in alone.items() if phase != "save"):
+        held |= {role: max(size, held.get(role, 0)) for role, size in roles.items() if role in DIVIDED}
     rest = max(sum(size for role, size in roles.items() if role not in DIVIDED) for roles in shared.values())
-    return whole, rest
+    return sum(held.values()), rest
 
 
 def main() -> None:
@@ -195,21 +211,40 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=14)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder, small = Path(scratch), Path(scratch) / "small"
         make_inputs(folder, options.hidden, options.layers)
+        make_inputs(small, 64, 1)
         from rlhf_cli.models.model_shape import ModelShape
 
         print(f"{ModelShape.required(folder / 'model').weights:,} weights in float32; peaks of the largest rank in MB")
-        print("| run | ranks | first steps | resumed, saved | whole / ranks | not divided | bound | within |")
-        print("|---|---|---|---|---|---|---|---|")
+        print(
+            "| run | ranks | first steps | resumed, saved | without a model | whole / ranks | not divided | bound | "
+            "within | CPU s | at the peaks |"
+        )
+        print("|" + "---|" * 11)
         for run in options.runs:
             for ranks in options.ranks:
-                first, resumed = (max(peaks(folder, run, ranks, resumes=resumes)) for resumes in (False, True))
+                without = [_largest(one)["peak"] for one in both(small, run, ranks)]
+                reports = both(folder, run, ranks)
+                largest = [_largest(one) for one in reports]
                 whole, rest = counted(folder, run, ranks)
                 bound = SLACK * whole / ranks + rest
-                sizes = [f"{size / 1e6:,.0f}" for size in (first, resumed, whole / ranks, rest, bound)]
-                verdict = "yes" if max(first, resumed) <= bound else "no"
-                print(f"| {run} | {ranks} | {' | '.join(sizes)} | {verdict} |", flush=True)
+                peaks = [one["peak"] - process for one, process in zip(largest, without, strict=True)]
+                verdict = "yes" if max(peaks) <= bound else "no"
+                seconds = sum(report["seconds"] for one in reports for report in one)
+                figures = [*peaks, max(without), whole / ranks, rest, bound]
+                cells = [*(f"{size / 1e6:,.0f}" for size in figures), verdict, f"{seconds:,.1f}"]
+                lines = ", ".join(f"`{one['line']}`" for one in largest)
+                print(f"| {run} | {ranks} | {' | '.join(cells)} | {lines} |", flush=True)
+
+
+def both(folder: Path, run: str, ranks: int) -> list[list[dict[str, Any]]]:
+    """Run the first steps, and resume; returns the reports of each."""
+    return [measured(folder, run, ranks, resumes=resumes) for resumes in (False, True)]
+
+
+def _largest(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(reports, key=lambda report: report["peak"])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ neither has is saved as the explicit transformer that it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.random_weights import RandomWeights
+from rlhf_cli.models.seeding import seeded
+from rlhf_cli.models.sharded_loading import without_memory
+from rlhf_cli.models.weight_files import WeightFiles
 from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.conversion import as_transformers, counterpart
@@ -26,7 +31,7 @@ END, PADDING = "<|eos|>", "<|pad|>"
 
 
 def build_model(folder: Path, texts: Iterable[str], build: BuildSettings, *, seed: int) -> None:
-    """Write a new model and its tokenizer to `folder`; equal arguments write equal bytes.
+    """Write a new model and its tokenizer to `folder`, weight by weight; equal arguments write equal bytes.
 
     Weights are drawn with standard deviation 1 / sqrt(hidden_size), so that the first logits have standard deviation 1.
     Llama's 0.02 suits widths of thousands; at a width of a hundred it costs hundreds of steps.
@@ -74,14 +79,18 @@ def transformer_config(build: BuildSettings) -> TransformerConfig:
 
 
 def _write(folder: Path, config: TransformerConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Draw the weights and save model and tokenizer."""
+    """Draw each weight and write it, and save the tokenizer: the files that `random_model` would save."""
     backend = tokenizer.backend_tokenizer
     end, padding = backend.token_to_id(END), backend.token_to_id(PADDING)
     config.vocab_size = len(tokenizer)
     config.eos_token_id, config.pad_token_id = end, padding
     # As in T5, the decoder of an encoder-decoder starts from the padding token, which never occurs in a completion.
     config.decoder_start_token_id = padding if config.is_encoder_decoder else None
-    model = random_model(counterpart(config) or config, seed)
+    theirs = counterpart(config)
+    drawn = RandomWeights(partial(_explicit, config if theirs is None else explicit_config(theirs.config)), seed)
+    model, weights = drawn.model, drawn.items()
+    if theirs is not None:
+        model, weights = without_memory(theirs.kind, theirs.config, torch.float32), theirs.weights(drawn)
     model.generation_config = GenerationConfig(
         do_sample=True,
         eos_token_id=end,
@@ -89,7 +98,8 @@ def _write(folder: Path, config: TransformerConfig, tokenizer: PreTrainedTokeniz
         decoder_start_token_id=config.decoder_start_token_id,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict={})  # configuration alone
+    WeightFiles(model, folder).write(weights)
     tokenizer.save_pretrained(folder)
 
 
@@ -106,11 +116,14 @@ def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     Raises:
         ModelError: another architecture.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         if not isinstance(config, TransformerConfig):
             return as_transformers(TransformerForCausalLM(explicit_config(config)))
-        return TransformerForSeq2SeqLM(config) if config.is_encoder_decoder else TransformerForCausalLM(config)
+        return _explicit(config)
+
+
+def _explicit(config: TransformerConfig) -> TransformerForCausalLM | TransformerForSeq2SeqLM:
+    return TransformerForSeq2SeqLM(config) if config.is_encoder_decoder else TransformerForCausalLM(config)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError
@@ -39,19 +39,25 @@ class LazyWeight:
     closes: bool = False
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return the weight, or a part of it."""
+        """Return the weight, or a part of it; raises `ModelError` if its file cannot be read any more."""
         weight = self._read(self.stored, self.name)
         if self.scale is not None and self.quantization is not None:
             weight = self.quantization.dequantize(weight, self._read(*self.scale))
         return weight[index]
 
     def _read(self, stored: StoredWeight, name: str) -> Tensor:
-        if self.closes:
-            with safe_open(stored.file, framework="pt") as file:
-                return file.get_tensor(name)
-        if stored.file not in self.opened:
-            self.opened[stored.file] = safe_open(stored.file, framework="pt")
-        return self.opened[stored.file].get_tensor(name)
+        try:
+            if self.closes:
+                with safe_open(stored.file, framework="pt") as file:
+                    return file.get_tensor(name)
+            if stored.file not in self.opened:
+                self.opened[stored.file] = safe_open(stored.file, framework="pt")
+            return self.opened[stored.file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"cannot read the weight `{name}` from {stored.file}: {error}",
+                hint="check that this file is whole and does not change, on every machine of the run",
+            ) from error
 
 
 @dataclass(frozen=True)

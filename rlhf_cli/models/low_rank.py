@@ -44,7 +44,7 @@ def separate(layer: nn.Linear | Conv1D, a: Tensor, b: Tensor) -> None:
         b: (out, rank) float32.
     """
     is_transposed = isinstance(layer, Conv1D)
-    if not _has_no_memory(layer.weight):
+    if not has_no_memory(layer.weight):
         layer.weight.data = layer.weight.data - ((b @ a).T if is_transposed else b @ a)
     _change_class(layer, LowRankConv1D if is_transposed else LowRankLinear)
     for name, factor in ((_A, a), (_B, b)):
@@ -52,7 +52,7 @@ def separate(layer: nn.Linear | Conv1D, a: Tensor, b: Tensor) -> None:
         layer.register_buffer(name, factor.to(layer.weight.device), persistent=False)
 
 
-def _has_no_memory(weight: Tensor) -> bool:
+def has_no_memory(weight: Tensor) -> bool:
     """Whether a weight is a view of one number."""
     return weight.numel() > 1 and not any(weight.stride())
 
@@ -62,7 +62,7 @@ def _change_class(layer: nn.Module, kind: type[nn.Module]) -> None:
     layer.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def low_rank_update(layer: nn.Module) -> Tensor | None:
+def low_rank_update(layer: nn.Module | None) -> Tensor | None:
     """Return what `separate` took out of a layer's weight, shaped like it; None if it did not change the layer."""
     if not isinstance(layer, LowRankLinear | LowRankConv1D):
         return None

@@ -7,7 +7,7 @@ model itself does not change, and no second copy of it exists. Sharded weights a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
 import torch
@@ -32,59 +32,77 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     Args:
         model: with any adapters; those that are active are merged. Not quantized.
     """
-    state = _plain_state(model)
-    updates = _Updates(model)
-    for _, names in groupby(state, key=layer_of):
-        layer = {name: updates.applied(state[name]) for name in names}
-        yield from revert_weight_conversion(model, layer).items()
+    weights, adapted, separated = plain_weights(model), adapted_weights(model), separated_layers(model)
+    of_tied = {id(weight): name for name, weight in reversed(weights.items())}  # the first name of each
+
+    def value(name: str) -> Tensor:
+        weight = weights[name]
+        layers = [layer for layer in adapted.get(id(weight), ()) if not layer.disable_adapters and not layer.merged]
+        updates = [layer.get_delta_weight(name) for layer in layers for name in _active(layer)]  # type: ignore[operator]
+        return updated(whole(weight), *updates, low_rank_update(separated.get(id(weight))))
+
+    yield from as_stored(model, [name for name, weight in weights.items() if of_tied[id(weight)] == name], value)
 
 
-def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Stored weights by the names they have without adapters; of tied weights the first."""
-    factors = {id(weight) for _, layer in adapter_layers(model) for weight in _factors(layer)}
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in factors | seen:
-            seen.add(id(tensor))
-            found[name.replace(".base_layer", "")] = tensor
-    return found
+def _active(layer: LoraLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _factors(layer: LoraLayer) -> list[nn.Parameter]:
-    return [weight for factor in (layer.lora_A, layer.lora_B) for weight in factor.parameters()]
+def as_stored(
+    model: PreTrainedModel, names: Iterable[str], value: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values that a checkpoint holds, one layer at a time.
+
+    Args:
+        model: says how its weights are stored.
+        names: of its weights, those of a layer one after another.
+        value: returns a weight by its name in the model, whole.
+    """
+    for _, layer in groupby(names, key=_layer_of):
+        yield from revert_weight_conversion(model, {name: value(name) for name in layer}).items()
 
 
-def layer_of(name: str) -> str:
+def _layer_of(name: str) -> str:
     """Return the name up to its first number, such as `model.layers.3`; the whole name outside of numbered layers."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else name
 
 
-class _Updates:
-    """What is added to weights: active adapters, and updates that `models.low_rank` keeps apart."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._adapters: dict[int, list[LoraLayer]] = {}
-        for _, layer in adapter_layers(model):
-            if not layer.disable_adapters and not layer.merged:
-                name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-                weight = getattr(layer.get_base_layer(), name)
-                self._adapters.setdefault(id(weight), []).append(layer)
-        separated = (layer for layer in model.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
-        self._separated = {id(layer.weight): layer for layer in separated}
-
-    def applied(self, weight: Tensor) -> Tensor:
-        """The sum of a weight and its updates in float32; the weight itself if it has none."""
-        layers, separated = self._adapters.get(id(weight), []), self._separated.get(id(weight))
-        deltas = [layer.get_delta_weight(name) for layer in layers for name in _active(layer)]  # type: ignore[attr-defined]
-        if separated is not None:
-            deltas.append(low_rank_update(separated))
-        plain = whole(weight)
-        for delta in deltas:
-            plain = plain.float() + whole(delta).float()  # type: ignore[arg-type]
-        return plain
+def updated(weight: Tensor, *updates: Tensor | None) -> Tensor:
+    """Return the sum of a whole weight and its updates, added one after another in float32; itself without any."""
+    for update in updates:
+        if update is not None:
+            weight = weight.float() + whole(update).to(weight.device).float()
+    return weight
 
 
-def _active(layer: LoraLayer) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return weights and buffers by the names they have without adapters, tied ones by each of their names."""
+    factors = {
+        id(weight)
+        for _, layer in adapter_layers(model)
+        for factor in (layer.lora_A, layer.lora_B)
+        for weight in factor.parameters()
+    }
+    state = model.state_dict(keep_vars=True).items()
+    return {plain_name(name): tensor for name, tensor in state if id(tensor) not in factors}
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight has without adapters."""
+    return re.sub(r"(\.base_layer)+\.", ".", name)  # PEFT wraps fused experts once per weight
+
+
+def adapted_weights(model: nn.Module) -> dict[int, list[LoraLayer]]:
+    """Return the adapted layers by the id of the weight that they adapt."""
+    found: dict[int, list[LoraLayer]] = {}
+    for _, layer in adapter_layers(model):
+        name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        found.setdefault(id(getattr(layer.get_base_layer(), name)), []).append(layer)
+    return found
+
+
+def separated_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the layers whose update `models.low_rank` keeps apart, by the id of their weight."""
+    layers = (layer for layer in model.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
+    return {id(layer.weight): layer for layer in layers}

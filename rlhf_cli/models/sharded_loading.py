@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf_cli.distributed.agreement import agreed
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.checkpoint import Checkpoint
 from rlhf_cli.models.converted_weights import AnyWeight, NotShardedError, weights_by_name
 from rlhf_cli.models.libraries import quiet_libraries
-from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
+from rlhf_cli.models.low_rank import low_rank_update
+from rlhf_cli.models.merged_weights import plain_name, separated_layers
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.policy_adapter import split_off_adapters
 from rlhf_cli.models.rotary import pin_rotary_frequencies
@@ -66,9 +69,10 @@ class UnreadModel:
                 of their reference.
 
         Raises:
-            ModelError: see `set_attention`.
+            ModelError: one of the processes cannot read a weight, for which all of them end; or see `set_attention`.
         """
         model, source = self.model.eval(), self.source
+        processes = ProcessGroup(source.device)
         is_lower = rounds and source.precision != torch.float32
         shard(
             model,
@@ -76,7 +80,7 @@ class UnreadModel:
             gathered_dtype=source.precision if is_lower else None,
             size=source.sharding_size,
             offloads=source.sharding_cpu_offload,
-            before=self._fill,
+            before=lambda module, prefix: agreed(partial(self._fill, module, prefix), processes),
         )
         pin_rotary_frequencies(model, source.path)
         if is_our_attention(source.attention):
@@ -85,25 +89,19 @@ class UnreadModel:
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Read the weights of a module that are not divided yet."""
-        low_rank = (layer for layer in module.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
-        separated = {id(layer.weight): layer for layer in low_rank}
+        separated = separated_layers(module)
         for name, weight in module.named_parameters():
             beat()
             stored = self.stored.get(plain_name(prefix + name))
             if isinstance(weight, DTensor) or stored is None:
                 continue
-            value, layer = stored[...], separated.get(id(weight))
-            if layer is not None and (update := low_rank_update(layer)) is not None:
+            value = stored[...]
+            if (update := low_rank_update(separated.get(id(weight)))) is not None:
                 value = value.float() - update
             weight.data = value.to(weight.dtype)
         for name, buffer in module.named_buffers():
             if (stored := self.stored.get(plain_name(prefix + name))) is not None:
                 buffer.copy_(stored[...])
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a weight has without adapters."""
-    return re.sub(r"(\.base_layer)+\.", ".", name)  # PEFT wraps fused experts once per weight
 
 
 def open_model(
@@ -132,11 +130,11 @@ def open_model(
         raise NotShardedError(
             f"`model.sharding: fsdp`: {type(empty).__name__} does not say what its blocks are", hint=_HINT
         )
-    model = _without_memory(type(empty), empty.config, dtype or source.dtype)
+    model = without_memory(type(empty), empty.config, dtype or source.dtype)
     if source.keeps_adapter(dtype):
         held = split_off_adapters(model, source.folder)
         for weight in model.parameters():
-            weight.data = _no_memory(weight.shape, held)
+            weight.data = no_memory(weight.shape, held)
     _check_ties(model, stored, source.path)
     if model.can_generate():
         model.generation_config = read_generation_config(source, config)
@@ -155,7 +153,7 @@ def _check(source: ModelSource, config: PretrainedConfig) -> None:
         raise NotShardedError(f"`model.sharding: fsdp`: {problem}", hint=_HINT)
 
 
-def _without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build a model whose weights are views of one number; its buffers are computed as usual."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = kind(config)
@@ -164,7 +162,7 @@ def _without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> 
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             if id(weight) not in made:
-                made[id(weight)] = nn.Parameter(_no_memory(weight.shape, dtype))
+                made[id(weight)] = nn.Parameter(no_memory(weight.shape, dtype))
             setattr(module, name, made[id(weight)])
     model.config.dtype = dtype
     return model
@@ -172,13 +170,14 @@ def _without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model that a sharded one was before its adapters, in float32 and without memory for its weights."""
-    skeleton = _without_memory(class_of(model), copy.deepcopy(model.config), torch.float32)
+    skeleton = without_memory(class_of(model), copy.deepcopy(model.config), torch.float32)
     if skeleton.can_generate():
         skeleton.generation_config = copy.deepcopy(model.generation_config)
     return skeleton.eval()
 
 
-def _no_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def no_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return a weight of this shape whose memory is one number."""
     return torch.zeros((), dtype=dtype).expand(shape)
 
 

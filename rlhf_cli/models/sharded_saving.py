@@ -7,27 +7,24 @@ it is gathered; the others take part. What is in memory is then a part of every 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.memory import free_memory
-from rlhf_cli.models.adapter_layers import adapter_layers, adapter_state, load_adapter_state
+from rlhf_cli.models.adapter_layers import adapter_state, load_adapter_state
 from rlhf_cli.models.attention import is_our_attention
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
-from rlhf_cli.models.merged_weights import layer_of
+from rlhf_cli.models.low_rank import low_rank_update
+from rlhf_cli.models.merged_weights import adapted_weights, as_stored, plain_weights, separated_layers, updated
 from rlhf_cli.models.saving import finish_folder, generation_config, require_finite, writing
-from rlhf_cli.models.sharded_loading import UnreadModel, plain_name, skeleton_of
+from rlhf_cli.models.sharded_loading import UnreadModel, skeleton_of
 from rlhf_cli.models.sharding import Gathering, local, release, whole
 from rlhf_cli.models.weight_files import WeightFiles, stored_state
 from rlhf_cli.settings.shared import LoraSettings
@@ -49,9 +46,7 @@ class ShardedWeights:
         self._model, self._lora, self._name = model, lora, name
         state = {} if lora is None else adapter_state(model, name)
         self.adapter = {key: whole(weight).cpu() for key, weight in state.items()}
-        self._weights = _plain_weights(model)
-        separated = (layer for layer in model.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
-        self._separated: dict[int, nn.Module] = {id(layer.weight): layer for layer in separated}
+        self._weights, self._separated = plain_weights(model), separated_layers(model)
 
     def write(
         self,
@@ -104,23 +99,19 @@ class ShardedWeights:
         """Yield stored names and values, the sums in the order of `merge_lora`, so that they are rounded as there."""
         adapted = skeleton_of(self._model)
         self._add_adapter(adapted)
-        layers = {f"{_key(adapted, layer)}.{_parameter(layer)}": layer for _, layer in adapter_layers(adapted)}
-        layers = {plain_name(name): layer for name, layer in layers.items()}
-        for _, group in groupby(names, key=layer_of):
-            found: dict[str, Tensor] = {}
-            for name in group:
-                value = gathering.take(name).cpu()
-                if (layer := layers.get(name)) is not None:
-                    value = value.float() + layer.get_delta_weight(self._name).float()  # type: ignore[operator]
-                found[name] = self._joined(self._weights[name], value)
-                require_finite({name: found[name]}, what=what)
-            yield from revert_weight_conversion(skeleton, found).items()
+        layers, own = adapted_weights(adapted), plain_weights(adapted)
 
-    def _joined(self, weight: Tensor, value: Tensor) -> Tensor:
-        """Add to a whole weight what `models.low_rank` keeps apart of it."""
-        separated = self._separated.get(id(weight))
-        update = None if separated is None else low_rank_update(separated)
-        return value if update is None else value.float() + update.to(value.device)
+        def value(name: str) -> Tensor:
+            updates = [layer.get_delta_weight(self._name) for layer in layers.get(id(own[name]), ())]  # type: ignore[operator]
+            found = updated(gathering.take(name).cpu(), *updates, self._separated_from(self._weights[name]))
+            require_finite({name: found}, what=what)
+            return found
+
+        yield from as_stored(skeleton, names, value)
+
+    def _separated_from(self, weight: Tensor) -> Tensor | None:
+        """Return what `models.low_rank` keeps apart of a weight."""
+        return low_rank_update(self._separated.get(id(weight)))
 
     def _add_adapter(self, model: PreTrainedModel) -> None:
         if self._lora is None:
@@ -155,27 +146,7 @@ class _Live:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Return the weight in float32, or a part of it; every process calls this."""
-        value = self._weights._joined(self._weight, whole(self._weight))
+        value = updated(whole(self._weight), self._weights._separated_from(self._weight))
         if not self._keeps:
             release(self._weight)
         return (value.float() if value.is_floating_point() else value)[index]
-
-
-def _plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return weights and buffers by the names they have without adapters, tied ones by each of their names."""
-    factors = {
-        id(weight)
-        for _, layer in adapter_layers(model)
-        for factor in (layer.lora_A, layer.lora_B)
-        for weight in factor.parameters()
-    }
-    state = model.state_dict(keep_vars=True).items()
-    return {plain_name(name): tensor for name, tensor in state if id(tensor) not in factors}
-
-
-def _key(model: PreTrainedModel, layer: LoraLayer) -> str:
-    return next(name for name, module in model.named_modules() if module is layer)
-
-
-def _parameter(layer: LoraLayer) -> str:
-    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"

@@ -21,25 +21,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlhf_cli.distributed.watchdog import beat
+from rlhf_cli.models.safetensors_format import PIECE_BYTES, bytes_of, header_of
 
 MAX_FILE = "50GB"
 """Largest weight file, as in `save_pretrained`."""
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-PIECE_BYTES = 4 << 20
-"""Bytes written at once."""
 
 
 def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -77,29 +62,16 @@ class WeightFiles:
         split = split_torch_state_dict_into_shards(
             state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_file
         )
-        self._headers = {
-            file: self._header(file, {name: state[name] for name in names})
-            for file, names in split.filename_to_tensors.items()
-        }
+        self._headers: dict[str, bytes] = {}
+        for file, names in split.filename_to_tensors.items():
+            tensors = {name: state[name] for name in names}
+            self._headers[file], starts = header_of(tensors, {"format": "pt"})
+            for name, start in starts.items():
+                self._locations[name] = _Location(file, start, tensors[name].dtype, tensors[name].shape)
         self._index: dict[str, Any] | None = None
         if split.is_sharded:
             metadata = {"total_parameters": model.num_parameters(), **split.metadata}
             self._index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-
-    def _header(self, file: str, tensors: dict[str, Tensor]) -> bytes:
-        """Return the first bytes of a file, and note where its tensors are."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end, offsets = 0, {}
-        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-            start, end = end, end + tensor.numel() * tensor.element_size()
-            shape, offsets[name] = list(tensor.shape), start
-            header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        head = len(text).to_bytes(8, "little") + text
-        for name, start in offsets.items():
-            self._locations[name] = _Location(file, len(head) + start, tensors[name].dtype, tensors[name].shape)
-        return head
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write all tensors, each to its location.
@@ -121,7 +93,7 @@ class WeightFiles:
                 if location is None or location.shape != tensor.shape:
                     raise RuntimeError(f"`{name}` of shape {tuple(tensor.shape)} has no location in the model's files")
                 files[location.file].seek(location.offset)
-                data = tensor.detach().to("cpu", location.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+                data = bytes_of(tensor.to("cpu", location.dtype))
                 for start in range(0, len(data), PIECE_BYTES):
                     beat()
                     files[location.file].write(data[start : start + PIECE_BYTES])

@@ -9,7 +9,7 @@ Logits agree up to rounding. Settings or weights without a counterpart raise an 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ def as_explicit(model: PreTrainedModel, name: str = "the model") -> TransformerF
     """
     family = _family(model, name)
     config = explicit_config(model.config, name)
-    state = _renamed(model, family, config.num_hidden_layers, name, to_ours=True)
+    state = dict(_renamed(model.state_dict(), family, config.num_hidden_layers, name, to_ours=True))
     return _filled(TransformerForCausalLM, config, state, model, name)
 
 
@@ -71,16 +71,38 @@ def as_transformers(
             hint="after `import rlhf_cli.transformer`, `AutoModelForCausalLM.from_pretrained` loads the model as it is",
         )
     family, config = found
-    state = _renamed(model, family, model.config.num_hidden_layers, name, to_ours=False)
+    state = dict(_renamed(model.state_dict(), family, model.config.num_hidden_layers, name, to_ours=False))
     if is_classifier:
         config.num_labels = model.config.num_labels or 1
     return _filled(family.classifier if is_classifier else family.kind, config, state, model, name)
 
 
-def counterpart(config: TransformerConfig) -> PretrainedConfig | None:
-    """Return the configuration of the GPT-2 or Llama that computes the same as an explicit decoder; None for none."""
+@dataclass(frozen=True)
+class Counterpart:
+    """The GPT-2 or Llama that computes the same as an explicit decoder.
+
+    Attributes:
+        kind: its class.
+        config: its configuration.
+    """
+
+    kind: type[PreTrainedModel]
+    config: PretrainedConfig
+    _family: _Family
+    _layers: int
+
+    def weights(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield its weights, made of ours, which are asked for one after another."""
+        return _renamed(ours, self._family, self._layers, "the model", to_ours=False)
+
+
+def counterpart(config: TransformerConfig) -> Counterpart | None:
+    """Return the GPT-2 or Llama that computes the same as the decoder of a configuration; None for none."""
     found = _counterpart(config, "the model") if config.architecture == "decoder" else []
-    return None if isinstance(found, list) else found[1]
+    if isinstance(found, list):
+        return None
+    family, theirs = found
+    return Counterpart(family.kind, theirs, family, config.num_hidden_layers)
 
 
 def _counterpart(config: TransformerConfig, name: str) -> tuple[_Family, PretrainedConfig] | list[str]:
@@ -195,14 +217,14 @@ def _parts(config: TransformerConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key in own}
 
 
-def _renamed(model: PreTrainedModel, family: _Family, layers: int, name: str, *, to_ours: bool) -> dict[str, Tensor]:
-    """Rename weights, split, joined or transposed as the family stores them.
+def _renamed(
+    state: Mapping[str, Tensor], family: _Family, layers: int, name: str, *, to_ours: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Rename weights one after another, split, joined or transposed as the family stores them.
 
     Raises:
         ModelError: a weight has no counterpart; without it the model would compute something else.
     """
-    state = model.state_dict()
-    renamed: dict[str, Tensor] = {}
     used: set[str] = set()
     for theirs, ours, input_first in family.modules(layers):
         for leaf in ("weight", "bias"):
@@ -211,17 +233,17 @@ def _renamed(model: PreTrainedModel, family: _Family, layers: int, name: str, *,
                 used.add(source)
                 tensor = state[source]
                 matrix = tensor.t() if input_first and tensor.dim() == 2 else tensor
-                renamed.update(zip(names, matrix.chunk(len(names)), strict=True))
+                yield from zip(names, matrix.chunk(len(names)), strict=True)
             elif not to_ours and all(module in state for module in names):
                 used.update(names)
-                joined = torch.cat([state[module] for module in names])
-                renamed[source] = joined.t() if input_first and joined.dim() == 2 else joined
+                parts = [state[module] for module in names]
+                joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+                yield source, joined.t() if input_first and joined.dim() == 2 else joined
     if unknown := [weight for weight in state if weight not in used]:
         raise ModelError(
             f"`{name}` has {len(unknown):,} weights that a plain {family.name} does not have, such as `{unknown[0]}`",
             hint="merge adapters first; other modifications cannot be converted",
         )
-    return renamed
 
 
 def _filled(

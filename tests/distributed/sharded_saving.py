@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from rlhf_cli.generation import policy_saving
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy_saving import TrainedAdapter, save_policy
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models import checkpoint
 from rlhf_cli.models.adapter_layers import adapter_state
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.models.lora import add_lora
@@ -209,6 +211,31 @@ def alone(model: Path, kind: str, what: str, folder: Path) -> dict[str, object]:
     return {"told": list(zip(*ProcessGroup().all_gather_object(told), strict=True))}
 
 
+def unread(model: Path) -> dict[str, object]:
+    """Let process 1 alone fail to read a weight of a block after the first; every process must end, and read again."""
+    patch, told = pytest.MonkeyPatch(), []
+    opened = checkpoint.safe_open
+    for fault in (FileNotFoundError(2, "No such file or directory"), SafetensorError("a file was cut off")):
+        left = [12]  # weights that are read before; a block has nine
+
+        def failing(*given: object, fault: Exception = fault, left: list[int] = left, **options: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                raise fault
+            return opened(*given, **options)
+
+        if not ProcessGroup().is_main:
+            patch.setattr(checkpoint, "safe_open", failing)
+        try:
+            load(source_of(model, "float32"), "none", is_sharded=True)
+            told.append("")
+        except RLHFError as error:
+            told.append(f"{type(error).__name__}: {error.message}")
+        patch.undo()
+    load(source_of(model, "float32"), "none", is_sharded=True)
+    return {"told": list(zip(*ProcessGroup().all_gather_object(told), strict=True))}
+
+
 def attention(model: Path, folder: Path) -> dict[str, object]:
     """Return the attention with which the trained and the written model compute what is compared."""
     patch, used = pytest.MonkeyPatch(), {"policy": [], "reward": []}
@@ -279,6 +306,8 @@ def main() -> None:
             result = alone(root / family, kind, rest[0], folder)
         elif kind == "kept":
             result = kept(root / family, folder)
+        elif kind == "unread":
+            result = unread(root / family)
         else:
             result = compare(root / family, kind, rest[0], rest[1] if rest[1:] else "float32", folder)
             if kind == "reward":

@@ -35,6 +35,7 @@ CASES = (
     "llama-kept",
     "llama-attention",
     "llama-probe",
+    "llama-unread",
     *(f"llama-{kind}-{fault}" for kind in ("policy", "reward") for fault in ALONE),
 )
 """The reward models that are scored with are those that were written before."""
@@ -108,6 +109,14 @@ def test_a_fault_of_process_1_alone_ends_both_processes(kind: str, fault: str, f
         assert len(told) == 2
         assert told[0] == told[1]
         assert told[0].startswith(expected)
+
+
+def test_what_process_1_alone_cannot_read_ends_both_processes_with_its_message(found: dict[str, dict]):
+    messages = ("No such file or directory", "a file was cut off")
+    for message, told in zip(messages, found["llama-unread"]["told"], strict=True):
+        assert told[0] == told[1]
+        assert told[0].startswith("ModelError: cannot read the weight `model.layers.1.")
+        assert message in told[0]
 
 
 def test_models_are_compared_with_an_attention_that_computes_in_float32(found: dict[str, dict]):

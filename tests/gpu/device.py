@@ -87,6 +87,10 @@ class FakeCudaTensor(Tensor):
         torch._C.TensorBase.data.__set__(self, value)  # pyright: ignore
         self.on_host = value.on_host  # pyright: ignore[reportAttributeAccessIssue]
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the storage of the values, which can be resized."""
+        return self.on_host.untyped_storage()
+
     def __getitem__(self, index: Any) -> Tensor:
         return super().__getitem__(_uploaded_lists(index, self.device.index))
 
@@ -179,6 +183,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain.pop("pin_memory", None)
     if func.namespace == "c10d":  # collectives work in place
         return func(*plain_args, **plain)
+    if func.namespace == "_c10d_functional":  # gloo's threads read what the caller may free
+        plain_out = torch.ops._c10d_functional.wait_tensor(func(*plain_args, **plain))
+        return plain_out if target is None else _wrapped(plain_out, target)
     if _has_result_dtype(func, plain):
         out = _in_result_dtype(func, plain_args, plain)
     elif target is not None and torch.Tag.nondeterministic_seeded in func.tags:

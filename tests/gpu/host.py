@@ -2,10 +2,11 @@
 
     host.py LIBRARY DEVICES
 
-The package of this checkout is imported once, too; a request that names another one imports that. A request is a line
-of JSON: `package`, the folder that holds the rlhf_cli to run; `folder`, the working directory; `answer`, the file that
+The package of this checkout is imported once, too; a request that names another one imports that. A request is an
+object: `package`, the folder that holds the rlhf_cli to run; `folder`, the working directory; `answer`, the file that
 the child writes its answer to; and `arguments` of the command, or `call`, a function `module:name`, with `named`. The
-host replies with one line, the status of the child.
+host reads lists of requests (JSON, a line each), which as many children answer at once, and replies with their
+statuses.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            os._exit(_serve(json.loads(line)))
-        print(_wait(child), file=replies, flush=True)
+        children = []
+        for request in json.loads(line):
+            if (child := os.fork()) == 0:
+                os._exit(_serve(request))
+            children.append(child)
+        print(*map(_wait, children), file=replies, flush=True)
 
 
 def _wait(child: int) -> int:
@@ -70,7 +73,8 @@ def _serve(request: dict[str, Any]) -> int:
     folder = Path(request["folder"])
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        stream = folder / (name + request.get("suffix", ""))
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.environ.update(request.get("environment", {}))
     if Path(request["package"]) != ROOT:
         for name in [name for name in sys.modules if name.partition(".")[0] == "rlhf_cli"]:
@@ -88,13 +92,18 @@ def _serve(request: dict[str, Any]) -> int:
             answer["result"] = getattr(importlib.import_module(module), name)(**request["named"])
         else:
             from rlhf_cli.cli import main as command
+            from rlhf_cli.distributed import process_group
             from rlhf_cli.stages.reward_model import quality
             from rlhf_cli.training.monitoring import plots
 
             # A second per picture, in which no GPU takes part.
             plots.draw_curves = quality.draw_quality = lambda *_, **__: False
             sys.argv = ["rlhf", *request["arguments"]]
-            answer["code"] = command()
+            process_group.exit_without_teardown = sys.exit  # of a rank; its answer is not written yet
+            try:
+                answer["code"] = command()
+            except SystemExit as end:
+                answer["code"] = end.code
         events = [[*event, count] for event, count in ledger.events.items()]
         answer |= {"events": events, "peak": dict(ledger.peak), "largest": ledger.largest}
     except BaseException:

@@ -50,7 +50,8 @@ class Ledger:
     """Whether to record `largest`, which takes time."""
     is_counting: bool = True
     _held: Counter[str] = field(default_factory=Counter)
-    _known: set[int] = field(default_factory=set)
+    _known: dict[int, tuple[int, int, str]] = field(default_factory=dict)
+    """Storage -> its bytes, its device and the line that made it."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def count(self, kind: str, what: str) -> None:
@@ -75,21 +76,30 @@ class Ledger:
             key = storage._cdata
             if key in self._known:
                 return
-            self._known.add(key)
-            size, line = storage.nbytes(), source_line() if self.follow else ""
-            self.live[device] += size
-            self._held[line] += size
-            if self.live[device] > self.peak[device]:
-                self.peak[device] = self.live[device]
-                if self.follow:
-                    self.largest = dict(self._held)
-            weakref.finalize(storage, self._free, key, size, device, line).atexit = False
+            self._known[key] = (0, device, source_line() if self.follow else "")
+            self._resize(key, storage.nbytes())
+            weakref.finalize(storage, self._free, key).atexit = False
 
-    def _free(self, key: int, size: int, device: int, line: str) -> None:
+    def resized(self, storage: Any) -> None:
+        """Account for the new size of a storage, as `fully_shard` frees and allocates what it gathers."""
         with self._lock:
-            self._known.discard(key)
-            self.live[device] -= size
-            self._held[line] -= size
+            if (key := storage._cdata) in self._known:
+                self._resize(key, storage.nbytes())
+
+    def _resize(self, key: int, size: int) -> None:
+        before, device, line = self._known[key]
+        self._known[key] = (size, device, line)
+        self.live[device] += size - before
+        self._held[line] += size - before
+        if self.live[device] > self.peak[device]:
+            self.peak[device] = self.live[device]
+            if self.follow:
+                self.largest = dict(self._held)
+
+    def _free(self, key: int) -> None:
+        with self._lock:
+            self._resize(key, 0)
+            del self._known[key]
 
     def reset(self) -> None:
         """Forget all events, and the peaks."""

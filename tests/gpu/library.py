@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
 from tests.gpu.device import DeviceMode, FakeCudaTensor, is_pinned, ledger, pinned, random_states
@@ -184,6 +184,7 @@ def _tensors() -> None:
     _transfers()
     _constructors()
     _safetensors()
+    _sharding()
     backward = torch.autograd.backward
 
     def counted(*args: Any, **named: Any) -> None:
@@ -264,3 +265,32 @@ def _safetensors() -> None:
 
     for name, function in (("storage_ptr", address), ("storage_size", size)):
         mock.patch.object(library, name, lambda one, function=function: function(plain(one))).start()
+
+
+def _sharding() -> None:
+    """`fully_shard` gives weights and buffers other data, whose Python type differs here, and resizes storages."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_init as fsdp
+
+    data, resize = torch._C.TensorBase.data, torch.UntypedStorage.resize_  # pyright: ignore[reportAttributeAccessIssue]
+
+    def assigned(weight: nn.Parameter, value: Tensor) -> None:
+        if isinstance(value, FakeCudaTensor):
+            torch.utils.swap_tensors(weight, nn.Parameter(value.detach(), weight.requires_grad))
+        else:
+            data.__set__(weight, value)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def moved(weights: list[nn.Parameter], buffers: list[Tensor], device: torch.device) -> None:
+        for weight in weights:
+            weight.data = weight.data.to(device)
+        for buffer in buffers:
+            if buffer.device != device:
+                torch.utils.swap_tensors(buffer, buffer.to(device))
+
+    def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        found = resize(storage, size)
+        ledger.resized(storage)
+        return found
+
+    fsdp._move_states_to_device = moved
+    nn.Parameter.data = property(data.__get__, assigned)  # pyright: ignore[reportAttributeAccessIssue]
+    torch.UntypedStorage.resize_ = resized  # pyright: ignore[reportAttributeAccessIssue]

@@ -68,3 +68,10 @@ KEEPS = Mutant(
     r"\1globals().setdefault('_KEPT', []).append(hidden.repeat(256, 1))\n\1\2",
 )
 """The hidden states of every pass are kept: memory grows from step to step."""
+
+WHOLE = Mutant(
+    "models/sharding.py",
+    r"fully_shard\(block, mesh=mesh, ",
+    r"fully_shard(block, mesh=mesh, reshard_after_forward=False, ",
+)
+"""Blocks stay gathered after their forward pass: every rank holds the whole model until the backward pass."""

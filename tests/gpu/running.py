@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Outcome:
         result: what a function returned.
         stdout, stderr: of the process; `raised` is the traceback of what it raised.
         events: what the devices counted.
-        peak: most bytes of tensors that device 0 held at once.
+        peak: most bytes of tensors that a device held at once.
         largest: those bytes by our line that allocated them, if the request was to follow them.
         package: folder of the rlhf_cli that ran.
     """
@@ -85,31 +86,61 @@ class Host:
             pytest.fail(f"{function} raised\n{found.stderr}\n{found.raised}")
         return found
 
+    def processes(
+        self, folder: Path, count: int, *arguments: object, code: int = 0, package: Path = ROOT
+    ) -> list[Outcome]:
+        """Run `rlhf` in several processes, each with a GPU of its own, as torchrun does on one machine."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        requests = [
+            self._request(folder, package, arguments=[str(one) for one in arguments], suffix=f"-{rank}", follow=True,
+                          environment={k: str(v) for k, v in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()})
+            for rank in range(count)
+        ]  # fmt: skip
+        found = self._outcomes(requests)
+        if any(one.code != code for one in found):
+            said = "\n".join(f"{one.stderr}\n{one.raised}" for one in found)
+            pytest.fail(f"rlhf {' '.join(map(str, arguments))} ended with {[one.code for one in found]}\n{said}")
+        return found
+
     def _ask(self, folder: Path, *, package: Path = ROOT, **request: Any) -> Outcome:
+        return self._outcomes([self._request(folder, package, **request)])[0]
+
+    def _request(self, folder: Path, package: Path, **request: Any) -> dict[str, Any]:
+        answer = folder / f"answer-{next(_numbers)}.json"
+        return {"package": str(package), "folder": str(folder), "answer": str(answer), **request}
+
+    def _outcomes(self, requests: Sequence[dict[str, Any]]) -> list[Outcome]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        answer = folder / f"answer-{next(_numbers)}.json"
-        line = {"package": str(package), "folder": str(folder), "answer": str(answer), **request}
-        stdin.write(f"{json.dumps(line)}\n")
+        stdin.write(f"{json.dumps(requests)}\n")
         stdin.flush()
-        status = stdout.readline().strip()
-        texts = [(folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        if status != "0" or not answer.exists():
-            pytest.fail(f"a process on the fake GPU ended with {status or 'its host'}\n{texts[1][-4000:]}")
-        found = json.loads(answer.read_text())
-        events = Counter({Event(kind, what, line): count for kind, what, line, count in found.get("events", ())})
-        return Outcome(
-            code=found["code"],
-            result=found["result"],
-            stdout=texts[0],
-            stderr=texts[1],
-            raised=found["raised"],
-            events=events,
-            peak=found.get("peak", {}).get("0", 0),
-            largest=found.get("largest", {}),
-            package=str(package),
-        )
+        statuses = stdout.readline().split() or ["its host"] * len(requests)
+        return [_outcome(request, status) for request, status in zip(requests, statuses, strict=True)]
+
+
+def _outcome(request: dict[str, Any], status: str) -> Outcome:
+    """Read what a child wrote; fails the test where it did not come to that."""
+    folder, answer = Path(request["folder"]), Path(request["answer"])
+    texts = [(folder / (name + request.get("suffix", ""))).read_text(errors="replace") for name in ("stdout", "stderr")]
+    if status != "0" or not answer.exists():
+        pytest.fail(f"a process on the fake GPU ended with {status}\n{texts[1][-4000:]}")
+    found = json.loads(answer.read_text())
+    events = Counter({Event(kind, what, line): count for kind, what, line, count in found.get("events", ())})
+    return Outcome(
+        code=found["code"],
+        result=found["result"],
+        stdout=texts[0],
+        stderr=texts[1],
+        raised=found["raised"],
+        events=events,
+        peak=max(found.get("peak", {}).values(), default=0),
+        largest=found.get("largest", {}),
+        package=request["package"],
+    )
 
 
 def environment() -> dict[str, str]:

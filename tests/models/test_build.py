@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.build import build_model, train_tokenizer
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.models.build import build_model, random_model, train_tokenizer
+from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer
 from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.conversion_configs import explicit_config
+from tests.gpu.ledger import Ledger
 
 SIZES = {"hidden_size": 32, "layers": 2, "heads": 4, "feed_forward_size": 48, "vocab_size": 300, "context_length": 64}
 TEXTS = ["How often should I water my basil?", "Water basil in the morning, when the soil feels dry."] * 3
@@ -148,6 +151,62 @@ def test_same_seed_same_bytes_and_another_seed_other_weights(folder: Path, tmp_p
         assert (folder / name).read_bytes() == (tmp_path / "same" / name).read_bytes(), name
     weights = "model.safetensors"
     assert (folder / weights).read_bytes() != (tmp_path / "other" / weights).read_bytes()
+
+
+PARTS = {
+    "llama": {},
+    "tied llama": {"tied_embeddings": True, "key_heads": 2},
+    "gpt2": {"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": "all"},
+    "decoder": {"norm": "layer", "norm_placement": "post", "biases": "feed-forward"},
+    "encoder-decoder": {"architecture": "encoder-decoder", "tied_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_the_files_are_those_of_a_model_that_is_built_whole(parts: dict[str, Any], tmp_path: Path):
+    """Drawn one at a time, each weight has the random numbers that it has in the whole model."""
+    build_model(tmp_path / "drawn", TEXTS, BuildSettings(**SIZES | parts), seed=5)
+    source = ModelSource(str(tmp_path / "drawn"))
+    whole = random_model(load_config(source), seed=5)
+    whole.generation_config = load_policy(source).generation_config
+    whole.save_pretrained(tmp_path / "whole")
+    names = [path.name for path in (tmp_path / "whole").iterdir()]
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= set(names)
+    for name in names:
+        assert (tmp_path / "drawn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_weights_of_existing_recipes_do_not_change(folder: Path):
+    """Some numbers of the model of seed 3, as the first version drew it whole."""
+    weights = load_policy(ModelSource(str(folder))).state_dict()
+    embedding, down = (weights[f"model.{name}.weight"] for name in ("embed_tokens", "layers.1.mlp.down_proj"))
+    assert embedding[0, :3].tolist() == pytest.approx([0.0115480423, 0.0807685480, -0.1286667436], abs=1e-6)
+    assert down[-1, -3:].tolist() == pytest.approx([0.3456681371, -0.1682380736, -0.0263471119], abs=1e-6)
+
+
+class Held(TorchDispatchMode):
+    """Follows the bytes of tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self.ledger.hold(leaf.untyped_storage(), 0)
+        return found
+
+
+def test_no_more_than_a_few_matrices_are_in_memory(tmp_path: Path):
+    build = BuildSettings(**SIZES | {"hidden_size": 64, "layers": 12, "feed_forward_size": 128})
+    with Held() as held:
+        build_model(tmp_path / "model", TEXTS, build, seed=0)
+    largest = 4 * 128 * 300  # bytes; of the embedding, more than that of any other matrix
+    whole = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert whole > 20 * largest / 2
+    assert largest / 4 < held.ledger.peak[0] < 4 * largest
 
 
 def test_first_logits_have_unit_scale(folder: Path):

@@ -40,7 +40,8 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     reference = {"reference": own(held * shape.weights)}
     weights |= {} if is_full else reference
     reward = {} if extent.reward is None else {"reward model": own(extent.reward.weights * size)}
-    rests = extent.on_cpu or settings.offload_frozen  # weights that only score, while they are not used
+    is_mapped = extent.on_cpu and parts == 1  # weights that only score, while they are not used
+    rests = is_mapped or settings.offload_frozen
     scoring = (reference if is_full else {}) | reward
     kept = weights if rests else weights | scoring
     small = shape.embeddings * (int(is_full) + int(settings.critic_is_separate))
@@ -78,7 +79,7 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     if settings.save_steps is not None and parts > 1:  # beside all that trains: a copy, then what is read back
         copied = {"copy to write": own(FLOAT32 * shape.weights), "gathered": shape.gathered(FLOAT32)}
         phases["save_steps"] = weights | scoring | state | copy | copied
-    return memory_need(extent, phases, *(scoring if extent.on_cpu else ()))
+    return memory_need(extent, phases, *(scoring if is_mapped else ()))
 
 
 def _drawing(

@@ -21,15 +21,13 @@ from torch import Tensor
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DiskError
 from rlhf_cli.files import fsync, hash_file, replace_folder
-from rlhf_cli.models.weight_files import SAFETENSORS_NAMES
+from rlhf_cli.models.safetensors_format import PIECE_BYTES, SAFETENSORS_NAMES, bytes_of, header_of
 
 FORMAT = 2
 """Version of the folder's format, in `state.json`; raised when an older rlhf could misread a new checkpoint."""
 
 _SUMS, _TENSORS, _STATE = "SHA256SUMS", "tensors.safetensors", "state.json"
 _SUMS_PATTERN = rf"([0-9a-f]{{64}})  {re.escape(_STATE)}\n([0-9a-f]{{64}})  {re.escape(_TENSORS)}\n"
-_PIECE = 4 << 20
-"""Bytes written and hashed at once: few enough to stay in the processor's cache for both."""
 _OVERHEAD = 1 << 20
 """Upper bound on the bytes that names, checksums and the file system's own tables take."""
 
@@ -135,12 +133,6 @@ def read_folder(path: Path) -> tuple[int, StoredTensors, dict[str, Any]]:
     return envelope["step"], StoredTensors(path / _TENSORS), envelope["state"]
 
 
-def order_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return names in the order in which their tensors are written."""
-    # Wide types first, as safetensors does, so that every tensor is aligned to its own element size.
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-
-
 def is_of_another_format(path: Path) -> bool:
     """Whether a checkpoint states a newer format than this version of rlhf reads."""
     try:
@@ -171,24 +163,11 @@ def _check_space(target: Path, step: int, needed: int) -> None:
 
 
 def _serialized(tensors: dict[str, Tensor], take: Take) -> Iterator[bytes | memoryview]:
-    """Yield the pieces of a safetensors file: header length, header, and each tensor's bytes."""
-    order = order_of(tensors)
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        yield take(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """Yield the pieces of a safetensors file: header length and header, and each tensor's bytes."""
+    head, starts = header_of(tensors)
+    yield head
+    for name in starts:
+        yield bytes_of(take(name))
 
 
 def _write(path: Path, parts: Iterator[bytes | memoryview] | list[bytes]) -> str:
@@ -197,8 +176,8 @@ def _write(path: Path, parts: Iterator[bytes | memoryview] | list[bytes]) -> str
     with path.open("wb") as file:
         for part in parts:
             beat()
-            for start in range(0, len(part), _PIECE):
-                piece = part[start : start + _PIECE]
+            for start in range(0, len(part), PIECE_BYTES):
+                piece = part[start : start + PIECE_BYTES]
                 file.write(piece)
                 digest.update(piece)
         fsync(file)

@@ -22,6 +22,7 @@ from torch import Tensor
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import rename
+from rlhf_cli.models.safetensors_format import order_of
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.sharding import Gathering, divided, is_divided, local
 from rlhf_cli.progress import warn
@@ -29,7 +30,6 @@ from rlhf_cli.training.checkpoint.files import (
     DamagedCheckpoint,
     Take,
     is_of_another_format,
-    order_of,
     partial_folder,
     read_folder,
     replaced_folder,

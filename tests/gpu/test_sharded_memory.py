@@ -1,0 +1,71 @@
+"""Bytes that each of two ranks of a sharded run holds on a fake GPU: its part of the whole, and what is not divided.
+
+Loading, the checkpoint and the artifact are included. gloo carries the messages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.gpu.mutants import WHOLE
+from tests.gpu.running import ROOT, Host, fake_gpus
+
+RANKS = 2
+RUNS = ("sft-none",)
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Host]:
+    """A host with a fake GPU for each rank."""
+    with fake_gpus(RANKS) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """The script that measures the same on CPUs."""
+    spec = importlib.util.spec_from_file_location("sharding_memory", ROOT / "benchmarks" / "sharding_memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs of all runs, with models of 5 million weights."""
+    made = tmp_path_factory.mktemp("inputs")
+    benchmark.make_inputs(made, hidden=128, layers=6)
+    return made
+
+
+def peaks(gpus: Host, benchmark: ModuleType, folder: Path, run: str, **package: Path) -> tuple[list[int], float, str]:
+    """Return the peak of each rank, the bound, and what was held at the peak of rank 0."""
+    recipe = benchmark.recipe(folder, run, RANKS, "cuda")
+    target = folder / f"run-{run}-{len(package)}"
+    outcomes = gpus.processes(folder, RANKS, run.split("-")[0], recipe, "--run-dir", target, **package)
+    whole, rest = benchmark.counted(folder, run, RANKS, "cuda")
+    held = sorted(outcomes[0].largest.items(), key=lambda item: -item[1])[:12]
+    told = f"whole / ranks {whole / RANKS:,.0f}, not divided {rest:,.0f}, held: {held}"
+    return [one.peak for one in outcomes], benchmark.SLACK * whole / RANKS + rest, told
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_each_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, folder: Path):
+    found, bound, told = peaks(gpus, benchmark, folder, run)
+    assert max(found) <= bound, (found, bound, told)
+    assert min(found) > 0.5 * bound, (found, bound, told)
+
+
+def test_blocks_that_stay_whole_exceed_the_bound(gpus: Host, benchmark: ModuleType, folder: Path, tmp_path: Path):
+    mutated = WHOLE.apply(tmp_path)
+    found, bound, told = peaks(gpus, benchmark, folder, "sft-none", package=mutated)
+    assert min(found) > bound, (found, bound, told)
