@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.console import muted, spinner
 from rlhf_cli.durations import format_duration
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.progress import say, warn
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.loader import load_recipe

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.console import console, spinner
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.memory import free_memory, machine_memory
-from rlhf_cli.models.resources import FLOAT32
+from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.progress import warn
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.overrides import override
@@ -127,7 +127,8 @@ def _policy(model: ModelFacts, rows: int, most: int, settings: Sequence[str]) ->
     from rlhf_cli.generation.policy import Policy
     from rlhf_cli.generation.prompts import PromptStyle
     from rlhf_cli.generation.sampling import Sampling
-    from rlhf_cli.models.loading import ModelSource, as_stored, load_config, resolve_device
+    from rlhf_cli.models.device import resolve_device
+    from rlhf_cli.models.loading import ModelSource, as_stored, load_config
     from rlhf_cli.models.precision_trial import faster_precision
     from rlhf_cli.stages.common import model_source
 
