@@ -71,7 +71,7 @@ KEEPS = Mutant(
 
 WHOLE = Mutant(
     "models/sharding.py",
-    r"fully_shard\(block, mesh=mesh, ",
-    r"fully_shard(block, mesh=mesh, reshard_after_forward=False, ",
+    r"^( +)(before\(block, .*\))$",
+    r"\1\2\n\1globals().setdefault('_KEPT', []).extend(one.detach().to(device) + 0 for one in block.parameters())",
 )
-"""Blocks stay gathered after their forward pass: every rank holds the whole model until the backward pass."""
+"""Every rank keeps a copy of all blocks on its device."""

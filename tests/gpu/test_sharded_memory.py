@@ -65,7 +65,7 @@ def test_each_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, f
     assert min(found) > 0.5 * bound, (found, bound, told)
 
 
-def test_blocks_that_stay_whole_exceed_the_bound(gpus: Host, benchmark: ModuleType, folder: Path, tmp_path: Path):
+def test_a_whole_copy_in_each_rank_exceeds_the_bound(gpus: Host, benchmark: ModuleType, folder: Path, tmp_path: Path):
     mutated = WHOLE.apply(tmp_path)
     found, bound, told = peaks(gpus, benchmark, folder, "sft-none", package=mutated)
     assert min(found) > bound, (found, bound, told)
