@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from rlhf_cli.distributed.process_group import ProcessGroup, leave
+from rlhf_cli.distributed.process_group import ProcessGroup, exit_without_teardown, leave
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.sharded_loading import open_policy
 from rlhf_cli.models.sharding import computing, equal_passes
@@ -25,4 +25,8 @@ def main(model: str, *, skips: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], skips=sys.argv[2] == "skip")
+    try:
+        main(sys.argv[1], skips=sys.argv[2] == "skip")
+    except RuntimeError as error:  # as the command does: torch's threads may abort while they are torn down
+        print(error, file=sys.stderr)
+        exit_without_teardown(1)
