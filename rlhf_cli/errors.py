@@ -146,6 +146,12 @@ class DiskError(RLHFError):
     exit_code = EXIT_DISK
 
 
+class HostMemoryError(RLHFError):
+    """The machine has no memory for a copy that a setting asks for; the last good state is kept."""
+
+    code = "host-memory"
+
+
 class RunInUseError(RLHFError):
     """Another process holds the lock of this run directory."""
 

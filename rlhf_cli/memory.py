@@ -11,11 +11,12 @@ from pathlib import Path
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a pass frees for the next one, until `free_memory`.
+    """Let glibc keep what a pass frees for the next one, until `trim_memory`.
 
     Activations and gradients are allocated and freed again and again. By default glibc returns blocks of 32 MiB and
     more to the system each time, and every page of the next block is a fault: in full fine-tuning of a small model on a
-    CPU a fifth of the time. Up to 2 GiB of a process stay resident so. What a user set in the environment stays.
+    CPU a fifth of the time. The process keeps the most that it ever held in blocks of less than 1 GiB: where that is
+    much and not used again, `trim_memory` gives it back. What a user set in the environment stays.
     """
     _set_glibc({_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1})  # the largest number that it takes
 
@@ -41,12 +42,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 
 
+def trim_memory() -> None:
+    """Return to the system what glibc keeps of freed blocks, which count as memory of the process."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def free_memory() -> None:
     """Free models that nothing refers to any more, on the CPU and in CUDA's cache. Imports no torch."""
     gc.collect()
-    # glibc keeps freed blocks, and they count as memory of the process.
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    trim_memory()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -87,25 +92,6 @@ def machine_memory(device: str = "cpu") -> int:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return min(allowed)
-
-
-def free_host_memory() -> int:
-    """Return the memory that this process can still take on this machine, in bytes; what caches files counts as free.
-
-    A container may allow less than the machine has.
-    """
-    import psutil  # a dependency of accelerate
-
-    free = psutil.virtual_memory().available
-    group = _LIMITS[0].parent
-    try:
-        limit = int(_LIMITS[0].read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        cached = next(int(line.split()[1]) for line in lines if line.startswith("file "))
-    except (OSError, ValueError, StopIteration):  # no such group, or "max"
-        return free
-    return min(free, limit - used + cached)
 
 
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rlhf_cli.errors import DiskError, DivergedError, ModelError
+from rlhf_cli.errors import DiskError, DivergedError, HostMemoryError, ModelError, RLHFError
 
 if TYPE_CHECKING:
     from rlhf_cli.distributed.process_group import ProcessGroup
 
-_KINDS = (DiskError, DivergedError, ModelError)
+_KINDS = (DiskError, DivergedError, HostMemoryError, ModelError)
 
 
 def agreed(work: Callable[[], None], processes: ProcessGroup | None) -> None:
     """Work in each process and wait for the others; the error of the first one that fails is raised in all of them.
 
-    So none waits for one that has ended. Other errors than those of disk, divergence and models are raised at once.
+    So none waits for one that has ended. Other errors than those of disk, divergence, host memory and models are raised
+    at once, in this process alone.
 
     Args:
         work: what this process does, maybe nothing.
         processes: the processes of the run, all of which call this; None is this one alone.
     """
-    failure: DiskError | DivergedError | ModelError | None = None
+    failure: RLHFError | None = None
     try:
         work()
     except _KINDS as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,12 +24,12 @@ from rlhf_cli.generation.vllm_generator import (
     PROBE,
     Obstacle,
     check_probabilities,
-    finish,
     finite,
     obstacle,
     probe_requests,
 )
 from rlhf_cli.generation.vllm_server import CLIENT, LostError, VLLMServer, client_version
+from rlhf_cli.models.gathering import GatheredItems
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.sharding import is_sharded
@@ -143,7 +144,7 @@ class VLLMServerGenerator:
         self, policy: Policy, pending: PendingDraw, *, progress: Progress = ignore
     ) -> tuple[list[Completion], bool]:
         """See `DrawsAhead`."""
-        self.wait(pending, progress=progress)
+        agreed(lambda: self.wait(pending, progress=progress), self._processes)
         if self._processes.any(pending.drawn is None):
             return self.generate(policy, pending.requests, progress=progress), False
         return [_completion(policy, one) for one in pending.drawn or ()], True
@@ -176,11 +177,17 @@ class VLLMServerGenerator:
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
         jointly = jointly or policy.may_change or self._processes.count == 1
+        drawn: list[Drawn] | None = None
         reason: str | None = None
+
+        def draw() -> None:
+            nonlocal drawn, reason
+            drawn, reason = self._collected(self._draw(requests, sampling, stop_ids), progress, stop)
+
         for _ in range(_ATTEMPTS):
             drawn, reason = None, self._hand_over(policy, jointly=jointly, stop=stop)
             if reason is None:
-                drawn, reason = self._collected(self._draw(requests, sampling, stop_ids), progress, stop)
+                agreed(draw, self._processes if jointly else None)
             is_lost = self._processes.any(drawn is None) if jointly else drawn is None
             if drawn is not None and not is_lost:
                 return drawn
@@ -236,10 +243,9 @@ class VLLMServerGenerator:
             except LostError as error:
                 raise self._gone(str(error)) from error
             raise self._gone("it restarted without the policy's weights, or another run gave it weights")
-        is_main, gather = self._processes.is_main, self._processes.all_gather_object
-        told = gather(self._connected(policy, stop) if is_main else None)[0]
+        told = self._told(lambda: self._connected(policy, stop))
         if "needed" in told:
-            told = gather(self._sent(policy) if is_main else self._gathered(policy))[0]
+            told = self._told(lambda: self._sent(policy), lambda: self._gathered(policy))
         if "gone" in told:
             raise ServerLostError(told["gone"], hint=told["hint"])
         if "lost" in told:
@@ -251,6 +257,21 @@ class VLLMServerGenerator:
             return error.message
         server.weights = told["weights"]
         return None
+
+    def _told(
+        self, by_main: Callable[[], dict[str, str | None]], by_others: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Return to all processes what process 0 found, while the others do something else; see `agreed`."""
+        found: dict[str, str | None] = {}
+
+        def work() -> None:
+            if self._processes.is_main:
+                found.update(by_main())
+            else:
+                by_others()
+
+        agreed(work, self._processes)
+        return self._processes.all_gather_object(found)[0]
 
     def _connected(self, policy: Policy, stop: Callable[[], object]) -> dict[str, str | None]:
         """Connect process 0, which alone sends weights; return whether the server needs them, or that it was lost."""
@@ -269,14 +290,14 @@ class VLLMServerGenerator:
         """Send the weights; return what came of it."""
         self._holds = lambda: None
         with policy.model() as model:
-            weights = merged_weights(model)
+            weights = GatheredItems(merged_weights(model))
             try:
                 self._server.take(weights)
             except LostError as error:
                 return {"lost": str(error)}
             finally:
                 if is_sharded(model):  # the other processes gather what was not sent, too
-                    finish(weights)
+                    weights.finish()
         self._holds = weakref.ref(policy)
         return {"weights": self._server.weights}
 
@@ -286,7 +307,7 @@ class VLLMServerGenerator:
             return
         with policy.model() as model:
             if is_sharded(model):
-                finish(merged_weights(model))
+                GatheredItems(merged_weights(model)).finish()
 
 
 def _completion(policy: Policy, drawn: Drawn) -> Completion:

@@ -30,6 +30,7 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.generation.vllm_engine import SUPPORTED, Engine, has_architecture, installed_version, shape_of
 from rlhf_cli.memory import is_out_of_memory, machine_memory
+from rlhf_cli.models.gathering import GatheredItems
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.quantize import quantized
@@ -115,7 +116,7 @@ class VLLMGenerator:
 
     Of a sharded policy every engine gets the whole weights, gathered one layer after another, so all processes of the
     run draw at the same time, also for no requests. An engine that fails while it starts, takes weights or is checked
-    is an error in all of them.
+    is an error in all of them. A process that fails to gather weights ends, and the launcher ends the others.
 
     Args:
         settings: section `generation` of the recipe.
@@ -197,15 +198,22 @@ class VLLMGenerator:
         return engine
 
     def _hand_over(self, model: PreTrainedModel, engine: Engine) -> None:
-        """Let the engine take the weights of a model."""
-        weights = merged_weights(model)
+        """Let the engine take the weights of a model.
+
+        Of a sharded one all processes gather all weights, also those that an engine does not take. An error of
+        gathering is no `ModelError`, so that it ends this process at once: see `models.gathering`.
+        """
+        weights = GatheredItems(merged_weights(model))
+        failure: ModelError | None = None
         try:
             with self._explained("taking the policy's weights"):
                 engine.load(weights)
-        except ModelError:
-            if is_sharded(model):  # the other processes gather the rest, too
-                finish(weights)
-            raise
+        except ModelError as error:
+            failure = error
+        if is_sharded(model):
+            weights.finish()
+        if failure is not None:
+            raise failure
 
     def _make(self, policy: Policy, model: PreTrainedModel, needed: int) -> None:
         """Make the engine of this process if there is none; raise `ModelError` if it cannot serve the policy."""
@@ -262,12 +270,6 @@ def _is_shared(policy: Policy) -> bool:
         return False
     with policy.model() as model:
         return is_sharded(model)
-
-
-def finish(weights: Iterator[object]) -> None:
-    """Take part in gathering the weights that nothing takes here."""
-    for _ in weights:
-        pass
 
 
 def probe_requests(policy: Policy) -> list[Request]:

@@ -19,13 +19,14 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.adapter_layers import adapter_state, load_adapter_state
 from rlhf_cli.models.attention import is_our_attention
+from rlhf_cli.models.gathering import Gathering
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.low_rank import low_rank_update
 from rlhf_cli.models.merged_weights import adapted_weights, as_stored, plain_weights, separated_layers, updated
 from rlhf_cli.models.saving import finish_folder, generation_config, require_finite, writing
 from rlhf_cli.models.sharded_loading import UnreadModel, skeleton_of
-from rlhf_cli.models.sharding import Gathering, local, release, whole
+from rlhf_cli.models.sharding import local, release, whole
 from rlhf_cli.models.weight_files import WeightFiles, stored_state
 from rlhf_cli.settings.shared import LoraSettings
 

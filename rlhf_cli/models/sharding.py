@@ -13,7 +13,7 @@ no work left (`equal_passes`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -315,31 +315,3 @@ def release(tensor: Tensor) -> None:
         storage = local(tensor.detach()).untyped_storage()
         if storage.resizable():
             storage.resize_(0)
-
-
-class Gathering:
-    """Sharded tensors that are gathered one after another for the process that writes them.
-
-    Every process makes one from the same tensors. Process 0 takes them in the order of `names`. The others, and process
-    0 where it fails on the way, call `finish`, which takes part in what is left.
-
-    Args:
-        tensors: name -> tensor, maybe sharded.
-        names: their order.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self._tensors = tensors
-        self._left = [name for name in names if isinstance(tensors[name], DTensor)]
-
-    def take(self, name: str) -> Tensor:
-        """Return a tensor, whole."""
-        if isinstance(self._tensors[name], DTensor):
-            assert name == self._left[0]
-            del self._left[0]
-        return whole(self._tensors[name])
-
-    def finish(self) -> None:
-        """Take part in gathering what was not taken."""
-        while self._left:
-            self.take(self._left[0])

@@ -221,7 +221,7 @@ class _StagePlanner:
             predicted = self._target.predict(section, recipe, extent, workload)
             notes = self._target.notes(recipe, extent, workload)
             workload = replace(workload, notes=(*workload.notes, *notes))
-        if copied := host_copy(recipe, extent, workload.trained):
+        if copied := host_copy(section, recipe, extent, workload.trained):
             note = f"the copy of a checkpoint takes up to {copied / 1e9:,.1f} GB of host memory on each machine"
             workload = replace(workload, notes=(*workload.notes, note))
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)

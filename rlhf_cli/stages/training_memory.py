@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.models.resources import Extent, frozen_bytes, moments, number_bytes, own_part, shards
@@ -78,16 +79,18 @@ def checkpoint_copy(recipe: RunSettings, extent: Extent, size: float) -> dict[st
     return {"checkpoint copy": size} if recipe.checkpoint_async and extent.on_cpu else {}
 
 
-def host_copy(recipe: RunSettings, extent: Extent, trained: int) -> float:
+def host_copy(settings: Any, recipe: RunSettings, extent: Extent, trained: int) -> float:
     """Bytes of host memory that the copy of a checkpoint takes on a machine with GPUs, at most.
 
     Args:
+        settings: of the stage.
         recipe: of the run.
         extent: of the stage.
         trained: number of trained weights.
     """
-    is_async = recipe.checkpoint_async
-    if is_async is False or extent.on_cpu or (is_async is None and recipe.model.sharding_cpu_offload):
+    if not recipe.checkpoint_async or extent.on_cpu or not trained:
         return 0.0
+    whole = int(getattr(settings, "adapter", "none") == "none") + int(getattr(settings, "critic_is_separate", False))
+    state = moments(trained, getattr(settings, "optimizer", "adamw"), min(trained, whole * extent.shape.embeddings))
     parts = shards(recipe.model, extent)
-    return (FLOAT32 * trained + moments(trained)) * min(extent.machine or extent.processes, parts) / parts
+    return (FLOAT32 * trained + state) * min(extent.machine or extent.processes, parts) / parts

@@ -89,7 +89,7 @@ class TrainingLoop:
         log: makes the metrics log, from the arguments of `MetricsLog`.
         watch: times the steps; it may have timed an evaluation before.
         peak: operations per second that the device of one process can do; None is not known.
-        checkpoint_async: write checkpoints in the background; None decides, see `BackgroundWriter`.
+        checkpoint_async: write checkpoints in the background, see `BackgroundWriter`.
 
     Attributes:
         state: what the loop remembers.
@@ -114,9 +114,9 @@ class TrainingLoop:
         log: Callable[..., MetricsLog] = MetricsLog,
         watch: StepWatch | None = None,
         peak: float | None = None,
-        checkpoint_async: bool | None = False,
+        checkpoint_async: bool = False,
     ) -> None:
-        self.writer = None if checkpoint_async is False else BackgroundWriter(processes, checkpoint_async)
+        self.writer = BackgroundWriter(processes) if checkpoint_async else None
         self.state = LoopState()
         self.watch = watch or StepWatch(guess=task.phases, alike=task.alike)
         self._peak = None if peak is None else peak * processes.count
@@ -197,7 +197,7 @@ class TrainingLoop:
             if self._stop.requested or halt is not None:
                 if not self._is_due(step):
                     self._save(step, ends=True)
-                self._wait_for_writer()
+                self._wait_for_writer(says=True)
                 self._stop.check()
             if halt is not None:
                 raise halt
@@ -252,11 +252,11 @@ class TrainingLoop:
     def _is_last(self, step: int) -> bool:
         return step == self._steps or self._task.has_ended
 
-    def _wait_for_writer(self) -> None:
+    def _wait_for_writer(self, *, says: bool = False) -> None:
         """Wait for the checkpoint that is written in the background; all processes call this together."""
         if self.writer is not None and self.writer.is_writing:
             with self.watch.phase("checkpoint", "saving"):
-                self.writer.wait()
+                self.writer.wait(says=says)
 
     def _save(self, step: int, *, ends: bool = False) -> None:
         """Write a checkpoint; all processes call this together.
@@ -277,7 +277,7 @@ class TrainingLoop:
         }
         is_last = ends or self._is_last(step)
         if is_last:
-            self._wait_for_writer()
+            self._wait_for_writer(says=ends)
         with self.watch.phase("checkpoint", "saving"):
             save_checkpoint(
                 self._work,

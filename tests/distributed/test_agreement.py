@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_cli.distributed.agreement import agreed, by_main
-from rlhf_cli.errors import DataError, DiskError, DivergedError, ModelError
+from rlhf_cli.errors import DataError, DiskError, DivergedError, HostMemoryError, ModelError
 
 
 class Rank:
@@ -28,7 +28,7 @@ def failing(error: Exception):
     return work
 
 
-@pytest.mark.parametrize("kind", [DiskError, DivergedError, ModelError])
+@pytest.mark.parametrize("kind", [DiskError, DivergedError, HostMemoryError, ModelError])
 def test_the_other_process_raises_what_the_first_raised(kind: type):
     first = Rank(0)
     with pytest.raises(kind, match="no space") as caught:

@@ -68,9 +68,9 @@ def started_by_rank(script: str, arguments: Sequence[object], count: int) -> lis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = Path(__file__).with_name(script)
+    program, shared = Path(__file__).with_name(script), {"MASTER_PORT": port, "RLHF_JOIN_SECONDS": 600}
     return [
-        start(arguments, program=program, env=environment(count, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
+        start(arguments, program=program, env=environment(count, RANK=rank, LOCAL_RANK=rank, **shared))
         for rank in range(count)
     ]
 
@@ -108,6 +108,24 @@ def test_a_process_that_makes_a_pass_less_than_the_others_ends_at_once(how: str,
     assert (second.returncode == 0) is (first.returncode == 0) is (how == "pass"), said
     expected = "process 1 passed over 1 parts of a sharded model's work, and the others over 2: they would wait for it"
     assert (expected in said) is (how == "skip")
+
+
+@pytest.mark.parametrize("place", ["engine 1 fails", "checkpoint 0 fails", "checkpoint 1 fails", "engine 1 early"])
+def test_a_process_that_fails_to_gather_ends_at_once_and_one_that_uses_less_takes_part(place: str, tmp_path: Path):
+    """The others are in the middle of a message: an error that all agree on would wait for them."""
+    make_model("llama", tmp_path / "llama")
+    started = started_by_rank("failing_gathering.py", [tmp_path / "llama", *place.split()], 2)
+    failing, other = started if " 0 " in place else started[::-1]
+    try:
+        _, said = failing.communicate(timeout=300)
+        other.communicate(timeout=30)
+    finally:
+        for process in (failing, other):
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    fails = place.endswith("fails")
+    assert (failing.returncode != 0) is (other.returncode != 0) is fails, said
+    assert ("torch.OutOfMemoryError: CUDA out of memory while gathering" in said) is fails
 
 
 def cells(*stages: str, exact: bool = True) -> list:

@@ -35,15 +35,31 @@ _TEXTS = [
     "Please tell me how bread is baked.",
     "Air scatters blue light more than red light.",
 ]
-_REWARD = '''"""Scores by letters and a little chance, slowly enough to be killed meanwhile; FAULT: misbehaves."""
+_REWARD = '''"""Scores by letters and a little chance, slowly enough to be killed meanwhile.
+
+FAULT: misbehaves; SLOW_DISK: seconds of a sync of a checkpoint in the background.
+"""
 
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SYNC = os.fsync
+
+
+def slow_sync(descriptor):
+    """Take longer in the thread that writes a checkpoint while training goes on."""
+    if threading.current_thread().name == "checkpoint":
+        time.sleep(float(os.environ["SLOW_DISK"]))
+    SYNC(descriptor)
+
+
+if "SLOW_DISK" in os.environ:
+    os.fsync = slow_sync
 
 
 def say(word):

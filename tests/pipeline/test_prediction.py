@@ -250,6 +250,9 @@ def test_policies_of_save_steps_are_copied_beside_all_that_trains():
     held = {role: phases["passes"][role] for role in ("policy", "critic", "reference", "optimizer")}
     copied = {"copy to write": 1_900 * 4 // 2, "gathered": (2 * 550 + 800) * 4}
     assert phases["save_steps"] == held | copied
+    on_cpu = ppo_memory(ppo, recipe(adapter="none"), Extent(SHAPE, on_cpu=True, tokens=10, prompt=10)).phases  # type: ignore[arg-type]
+    held = {role: on_cpu["update"][role] for role in ("policy", "critic", "optimizer", "process")}
+    assert on_cpu["save_steps"] == held | {"copied policy": 1_900 * 4, "copy to write": 1_900 * 4}
     assert "save_steps" not in memory(2, sharding="fsdp", adapter="none")
 
 
@@ -324,20 +327,31 @@ def test_the_copy_of_a_checkpoint_is_counted_on_a_cpu_while_training_goes_on(ada
 @pytest.mark.parametrize(
     ("model", "wanted", "processes", "machine", "expected"),
     [
-        ({}, None, 1, 0, 12_000),
-        ({}, None, 8, 4, 12_000),  # process 0 alone copies
-        ({"sharding": "fsdp"}, None, 8, 4, 6_000),
-        ({"sharding": "fsdp", "sharding_size": 2}, None, 8, 4, 12_000),
-        ({"sharding": "fsdp", "sharding_cpu_offload": True}, None, 8, 4, 0),
+        ({}, True, 1, 0, 12_000),
+        ({}, True, 8, 4, 12_000),  # process 0 alone copies
+        ({"sharding": "fsdp"}, True, 8, 4, 6_000),
+        ({"sharding": "fsdp", "sharding_size": 2}, True, 8, 4, 12_000),
         ({"sharding": "fsdp", "sharding_cpu_offload": True}, True, 8, 4, 6_000),
         ({}, False, 1, 0, 0),
     ],
 )
-def test_host_memory_for_the_copy_of_a_checkpoint(model: dict, wanted: bool | None, processes, machine, expected):
+def test_host_memory_for_the_copy_of_a_checkpoint(model: dict, wanted: bool, processes, machine, expected):
     settings = recipe().model_copy(update={"checkpoint_async": wanted})
     settings = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
-    assert host_copy(settings, Extent(SHAPE, processes=processes, machine=machine), 1_000) == expected
-    assert host_copy(settings, Extent(SHAPE, on_cpu=True), 1_000) == 0
+    section = settings.section("ppo")  # type: ignore[attr-defined]
+    assert host_copy(section, settings, Extent(SHAPE, processes=processes, machine=machine), 1_000) == expected
+    assert host_copy(section, settings, Extent(SHAPE, on_cpu=True), 1_000) == 0
+    assert host_copy(section, settings, Extent(SHAPE), 0) == 0
+
+
+def test_the_copy_of_moments_in_8_bits_takes_less_host_memory():
+    settings = recipe(adapter="none").model_copy(update={"checkpoint_async": True})
+    section = settings.section("ppo").model_copy(update={"optimizer": "adamw-8bit", "critic": "head"})  # type: ignore[attr-defined]
+    whole = min(5_000, SHAPE.embeddings)
+    small = 5_000 - whole
+    expected = 4 * 5_000 + 8 * whole + 2 * small * (1 + 4 / 256)
+    assert host_copy(section, settings, Extent(SHAPE), 5_000) == pytest.approx(expected, abs=1)
+    assert expected < 12 * 5_000
 
 
 def test_a_micro_batch_has_at_most_the_own_sequences_of_a_process():

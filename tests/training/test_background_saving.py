@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import DiskError, Interrupted
-from rlhf_cli.training.checkpoint import background, store
+from rlhf_cli.errors import DiskError, HostMemoryError, Interrupted
+from rlhf_cli.training.checkpoint import store
 from rlhf_cli.training.checkpoint.background import BackgroundWriter
 from rlhf_cli.training.checkpoint.store import best_checkpoint, latest_checkpoint, save_best, save_checkpoint
 from tests.faults.test_checkpoints import tensors
@@ -56,7 +59,7 @@ def join() -> None:
 
 
 def writer() -> BackgroundWriter:
-    return BackgroundWriter(ProcessGroup(), is_asked_for=True)
+    return BackgroundWriter(ProcessGroup())
 
 
 def soon_free(disk: Disk, seconds: float = 0.2) -> None:
@@ -243,14 +246,78 @@ def test_the_best_is_written_before_the_checkpoint_that_refers_to_it(disk, tmp_p
     assert latest_checkpoint(tmp_path) is not None
 
 
-@pytest.mark.parametrize(
-    ("device", "free", "expected"), [("cpu", 1e9, False), ("cuda", 1e9, True), ("cuda", 110, False)]
+def test_a_copy_that_finds_no_memory_ends_the_run_with_the_checkpoint_before(tmp_path, monkeypatch):
+    own = writer()
+    save_checkpoint(tmp_path, 1, tensors(1), {}, writer=own)
+
+    def full(*given: object, **more: object) -> torch.Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(HostMemoryError, match="no host memory for the copy") as caught:
+        save_checkpoint(tmp_path, 2, tensors(2), {}, writer=own)
+    assert "--set checkpoint_async=false" in (caught.value.hint or "")
+    assert saved(tmp_path) == [1]
+    assert not own.is_writing
+
+
+def test_an_error_of_the_thread_that_processes_do_not_agree_on_ends_this_one(monkeypatch):
+    """Threads of the others may still wait for what this one did not send."""
+    processes = ProcessGroup()
+    monkeypatch.setattr(processes, "any", lambda flag: True)
+    own = BackgroundWriter(processes)
+
+    def broken(take: object) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    own.begin(tensors(1), [], broken)
+    join()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        own.check()
+
+
+def test_who_waits_at_the_end_is_told_for_what(disk, tmp_path, capsys):
+    soon_free(disk, 1.0)
+    with pytest.raises(Interrupted):
+        loop(Walk(), tmp_path, stop=StopAtStep(1), checkpoint_async=True).run()
+    assert "waiting for the checkpoint that is being written" in capsys.readouterr().err
+    assert saved(tmp_path) == [0, 1]
+
+
+KEPT = """
+import sys
+from pathlib import Path
+import torch
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.memory import keep_freed_memory
+from rlhf_cli.training.checkpoint.background import BackgroundWriter
+from rlhf_cli.training.checkpoint.store import save_checkpoint
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
+
+keep_freed_memory()
+tensors = {str(number): torch.ones(5_000_000) for number in range(15)}
+writer = BackgroundWriter(ProcessGroup())
+found = [resident()]
+for step in (1, 2):
+    save_checkpoint(Path(sys.argv[1]), step, tensors, {}, writer=writer)
+    pin = torch.ones(50_000)  # above the copies
+    writer.wait()
+    found.append(resident())
+print(*found)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
 )
-def test_by_default_copies_are_made_of_what_is_on_a_gpu_where_the_machine_has_memory(
-    device, free, expected, monkeypatch
-):
-    own = BackgroundWriter(ProcessGroup(), is_asked_for=None)
-    monkeypatch.setattr(background, "copied_bytes", lambda tensors, is_main: 100)
-    monkeypatch.setattr(background, "free_host_memory", lambda: free)
-    assert own.is_used_for({"weight": SimpleNamespace(device=torch.device(device))}) is expected  # type: ignore[dict-item]
-    assert BackgroundWriter(ProcessGroup(), is_asked_for=True).is_used_for(tensors(1))
+def test_the_memory_of_a_copy_is_given_back_once_it_is_written(tmp_path):
+    """300 MB, where glibc was told to keep what is freed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", KEPT, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, once, twice = map(float, done.stdout.split())
+    assert once < before + 100
+    assert twice < before + 100

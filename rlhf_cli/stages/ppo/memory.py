@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 from rlhf_cli.generation.sampling import Sampling
@@ -76,10 +77,18 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
         "update": kept | state | copy | gradients | activations | trained,
         "save": saving(extent, kept=kept_to_save, parts=parts, offloads=model.sharding_cpu_offload),
     }
-    if settings.save_steps is not None and parts > 1:  # beside all that trains: a copy, then what is read back
-        copied = {"copy to write": own(FLOAT32 * shape.weights), "gathered": shape.gathered(FLOAT32)}
-        phases["save_steps"] = weights | scoring | state | copy | copied
+    if settings.save_steps is not None and (parts > 1 or extent.on_cpu):
+        held = weights | scoring if parts > 1 else kept
+        phases["save_steps"] = held | state | copy | _copied(extent, own, parts)
     return memory_need(extent, phases, *(scoring if is_mapped else ()))
+
+
+def _copied(extent: Extent, own: Callable[[float], float], parts: int) -> dict[str, float]:
+    """Roles of writing the policy beside all that trains, see `saving`: the policy is a copy of the one that trains."""
+    size = FLOAT32 * extent.shape.weights
+    if parts > 1:  # what is read back takes the place of the copy
+        return {"copy to write": own(size), "gathered": extent.shape.gathered(FLOAT32)}
+    return {"copied policy": size, "copy to write": size}
 
 
 def _drawing(

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_cli.data.records import Prompt, seed_for
+from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import DivergedError, ServerLostError, UsageError
+from rlhf_cli.errors import ServerLostError, UsageError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
@@ -209,6 +210,7 @@ class Rollouts:
 
         Raises:
             DivergedError: the policy's logits are not finite in some process; raised in all of them.
+            ModelError: the engine of some process failed; likewise.
         """
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
         with self._policy.model() as model:
@@ -217,14 +219,14 @@ class Rollouts:
             return self._scored(source, rows, numbers, drawn, watch)
 
     def _in_all(self, draw: Callable[[], list[Completion]], watch: StepWatch) -> list[Completion]:
-        """Draw in all processes; a policy that diverged is an error in all of them."""
-        try:
+        """Draw in all processes; a policy that diverged, or an engine that fails, is an error in all of them."""
+        drawn: list[Completion] = []
+
+        def sample() -> None:
             with watch.phase("rollout", "sampling"):
-                drawn, failure = draw(), None
-        except DivergedError as error:
-            drawn, failure = [], error
-        if self._processes.any(failure is not None):  # one alone must not leave the others waiting
-            raise failure or DivergedError("the policy's logits are not finite in another process")
+                drawn.extend(draw())
+
+        agreed(sample, self._processes)
         return drawn
 
     def _scored(

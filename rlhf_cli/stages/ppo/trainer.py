@@ -97,7 +97,7 @@ class PPOTrainer(TrainingTask):
         log: Callable[..., MetricsLog] = MetricsLog,
         peak: float | None = None,
         save_policy: Callable[[int], None] | None = None,
-        checkpoint_async: bool | None = False,
+        checkpoint_async: bool = False,
     ) -> None:
         self._save_policy = save_policy
         self.models, self.forward_passes, self.settings, self.data = models, forward_passes, settings, data

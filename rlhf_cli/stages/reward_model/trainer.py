@@ -100,7 +100,7 @@ class RewardTrainer(TrainingTask):
         processes: ProcessGroup | None = None,
         log: Callable[..., MetricsLog] = MetricsLog,
         peak: float | None = None,
-        checkpoint_async: bool | None = False,
+        checkpoint_async: bool = False,
     ) -> None:
         self.model, self.settings = model, settings
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)

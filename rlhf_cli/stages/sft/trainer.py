@@ -63,7 +63,7 @@ class SFTTrainer(TrainingTask):
         processes: ProcessGroup,
         log: Callable[..., MetricsLog] = MetricsLog,
         watch: StepWatch | None = None,
-        checkpoint_async: bool | None = False,
+        checkpoint_async: bool = False,
     ) -> None:
         self.rows = _rows(model, examples, settings)
         self.plan = BatchPlan(len(self.rows), settings.epochs, settings.batch_size, seed)

@@ -66,7 +66,7 @@ def train_sft(
     name: str = "the model",
     processes: ProcessGroup | None = None,
     log: Callable[..., MetricsLog] = MetricsLog,
-    checkpoint_async: bool | None = False,
+    checkpoint_async: bool = False,
 ) -> SFTResult:
     """Train a model in place. On return it carries its adapter, if one is trained.
 

@@ -22,13 +22,11 @@ class ShardGroup:
     """The processes that together hold every sharded tensor, process 0 first among them; every process makes one.
 
     Args:
-        tensor: any of the sharded tensors, all of which are divided alike.
+        ranks: of these processes.
     """
 
-    def __init__(self, tensor: DTensor) -> None:
-        mesh = tensor.device_mesh
-        # With hybrid sharding the groups have copies of each other's parts: those of the first are enough.
-        self.ranks: list[int] = mesh.mesh.reshape(-1, mesh.size(mesh.ndim - 1))[0].tolist()
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = list(ranks)
         self._group: Any = distributed.new_group(self.ranks, backend="gloo", timeout=TIMEOUT)
 
     def send(self, part: Tensor) -> None:
@@ -48,13 +46,30 @@ class ShardGroup:
         return whole
 
 
+_groups: dict[tuple[int, ...], ShardGroup] = {}
+
+
+def shard_group(tensor: DTensor) -> ShardGroup:
+    """Return the group of the processes that hold a tensor; every process calls this, and the group is made once."""
+    ranks = _ranks(tensor)
+    if ranks not in _groups:
+        _groups[ranks] = ShardGroup(ranks)
+    return _groups[ranks]
+
+
+def _ranks(tensor: DTensor) -> tuple[int, ...]:
+    # With hybrid sharding the groups have copies of each other's parts: those of the first are enough.
+    mesh = tensor.device_mesh
+    return tuple(mesh.mesh.reshape(-1, mesh.size(mesh.ndim - 1))[0].tolist())
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """View a contiguous tensor as bytes: gloo does not send every type."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 class Snapshot:
-    """Copies of tensors, in host memory; every process of the run makes one and hands it to its thread.
+    """Copies of tensors, in host memory; every process of the run makes one, calls `copy`, and hands it to its thread.
 
     Args:
         tensors: name -> tensor on any device, maybe sharded.
@@ -69,16 +84,28 @@ class Snapshot:
         self._shapes = {name: tensors[name].shape for name in names if is_divided(tensors[name])}
         self._group = group
         copied = names if is_main else [name for name in names if name in self._shapes and is_part_of(group)]
+        self._own = {name: local(tensors[name].detach()) for name in copied}
+        self._copies: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Copy what this process holds."""
         # To the CPU and in row-major order, also from there: `to` and `contiguous` alone would not copy.
+        own, self._own = self._own, {}
         self._copies = {name: torch.empty_like(one, device="cpu", memory_format=torch.contiguous_format).copy_(one)
-                        for name, one in ((name, local(tensors[name].detach())) for name in copied)}  # fmt: skip
+                        for name, one in own.items()}  # fmt: skip
 
     def take(self, name: str) -> Tensor:
-        """Return a tensor, whole, and forget its copy; process 0 calls this in the order of the names."""
-        copy = self._copies.pop(name)
+        """Return a tensor, whole, and forget its copy; process 0 calls this in the order of the names.
+
+        After an error of receiving the other parts nothing is left, since nobody knows how much of it was sent.
+        """
         if name not in self._shapes or self._group is None:
-            return copy
-        return self._group.join(copy, self._shapes[name])
+            return self._copies.pop(name)
+        copies, self._copies = self._copies, {}
+        whole = self._group.join(copies.pop(name), self._shapes[name])
+        self._copies = copies
+        return whole
 
     def finish(self) -> None:
         """Take part in what is left: process 0 receives what it did not write, the others send their parts."""
@@ -95,9 +122,3 @@ class Snapshot:
 def is_part_of(group: ShardGroup | None) -> bool:
     """Whether process 0 needs this process's parts."""
     return group is not None and distributed.get_rank() in group.ranks
-
-
-def copied_bytes(tensors: Mapping[str, Tensor], *, is_main: bool) -> int:
-    """Bytes of what this process copies; with hybrid sharding an upper bound."""
-    own = [local(tensor.detach()) for tensor in tensors.values() if is_main or is_divided(tensor)]
-    return sum(one.numel() * one.element_size() for one in own)

@@ -22,9 +22,10 @@ from torch import Tensor
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import rename
+from rlhf_cli.models.gathering import Gathering
 from rlhf_cli.models.safetensors_format import order_of
 from rlhf_cli.models.saving import require_finite
-from rlhf_cli.models.sharding import Gathering, divided, is_divided, local
+from rlhf_cli.models.sharding import divided, is_divided, local
 from rlhf_cli.progress import warn
 from rlhf_cli.training.checkpoint.files import (
     DamagedCheckpoint,
@@ -205,11 +206,10 @@ def _by_main(
     is_main = processes is None or processes.is_main
     if writer is not None:
         writer.wait()  # what it writes is older, and has the same names for what is not complete
-        if writer.is_used_for(tensors):
-            checked = {name: one for name, one in tensors.items() if is_main or is_divided(one)}
-            agreed(lambda: _check_finite(step, checked), processes)
-            writer.begin(tensors, order_of(tensors), write)
-            return
+        checked = {name: one for name, one in tensors.items() if is_main or is_divided(one)}
+        agreed(lambda: _check_finite(step, checked), processes)
+        writer.begin(tensors, order_of(tensors), write)
+        return
     gathering = Gathering(tensors, order_of(tensors))
     is_shared = any(map(is_divided, tensors.values()))
     if is_shared:  # each process checks its part before any is gathered
