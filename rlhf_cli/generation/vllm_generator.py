@@ -201,7 +201,7 @@ class VLLMGenerator:
         """Let the engine take the weights of a model.
 
         Of a sharded one all processes gather all weights, also those that an engine does not take. An error of
-        gathering is no `ModelError`, so that it ends this process at once: see `models.gathering`.
+        gathering stays what it is, and so ends this process at once: see `models.gathering`.
         """
         weights = GatheredItems(merged_weights(model))
         failure: ModelError | None = None
