@@ -95,7 +95,7 @@ class StepLines:
         row: dict[str, Any] = {"step": step}
         if lines and lines[-1][1] == step:
             row = json.loads(lines.pop()[0])
-        content = b"".join(line for line, _ in lines) + _line(row | values)
+        content = b"".join(line for line, _ in lines) + _line(row | dict(values))
         write_whole(self._path, content)
         self._open(content)
 
