@@ -98,14 +98,11 @@ def save_policy(
         DiskError: the disk is full or cannot be written.
         ModelError: the written policy is not the trained one.
     """
-    label = "writing the policy and comparing it"
-    if not is_sharded(model):
-        with task(label, 2 * len(probe) + 1, "parts", saves=False) as bar:
+    with task("writing the policy and comparing it", 2 * len(probe) + 1, "parts", saves=False) as bar:
+        if not is_sharded(model):
             return _saved(model, tokenizer, folder, source, probe, adapter, generation, depth, bar)
-    with task(label, 1, "parts", saves=False) as bar:
-        kl = _ShardedPolicy(model, tokenizer, folder, source, adapter, depth).save(probe, generation, keeps=keeps)
-        bar.advance()
-    return kl
+        sharded = _ShardedPolicy(model, tokenizer, folder, source, adapter, depth)
+        return sharded.save(probe, generation, bar, keeps=keeps)
 
 
 def _saved(
@@ -177,22 +174,23 @@ class _ShardedPolicy:
     adapter: TrainedAdapter | None
     depth: int
 
-    def save(self, probe: Sequence[Example], generation: GenerationConfig | None, *, keeps: bool) -> float:
-        """Write, read back and compare; all processes call this."""
+    def save(self, probe: Sequence[Example], generation: GenerationConfig | None, bar: Task, *, keeps: bool) -> float:
+        """Write, read back and compare; all processes call this. The bar counts probes and writing."""
         model, folder, adapter, processes = self.model, self.folder, self.adapter, ProcessGroup(self.source.device)
         name = "default" if adapter is None else adapter.name
         weights = ShardedWeights(model, None if adapter is None else adapter.lora, name)
         in_memory = None if adapter is None else AdapterInMemory.of(model, name, state=weights.adapter)
         by_main(partial(self._write_adapter, weights.adapter), processes)
         weights.write(self.tokenizer, folder, processes, generation)
+        bar.advance()
         copied = weights.copied(self.source, keeps=keeps)
-        trained = completion_logits(copied, probe)
+        trained = completion_logits(copied, probe, bar)
         del copied, weights
         free_memory()
         by_main(self._check_files, processes)
         opened: list[UnreadModel] = []
         agreed(lambda: opened.append(self._opened(in_memory)), processes)
-        kl = mean_kl(trained, completion_logits(opened[0].read(), probe))
+        kl = mean_kl(trained, completion_logits(opened[0].read(), probe, bar))
         agreed(lambda: _check_kl(kl, folder), processes)
         return kl
 
@@ -255,7 +253,7 @@ def _without_prompt(example: Example) -> Example:
 
 
 @torch.no_grad()
-def completion_logits(model: PreTrainedModel, probe: Sequence[Example], bar: Task | None = None) -> list[Tensor]:
+def completion_logits(model: PreTrainedModel, probe: Sequence[Example], bar: Task) -> list[Tensor]:
     """Cast a model to float32 in place and return the logits that predict each completion token.
 
     Args:
@@ -278,8 +276,7 @@ def completion_logits(model: PreTrainedModel, probe: Sequence[Example], bar: Tas
     for example in probe:
         beat()
         found.append(computing(model, partial(logits, example)))
-        if bar is not None:
-            bar.advance()
+        bar.advance()
     return found
 
 

@@ -225,7 +225,7 @@ class EqualPasses(Generic[Part]):
     count: int | None
 
     def __iter__(self) -> Iterator[tuple[Part, float]]:
-        """Yield the parts.
+        """Yield the parts. Passes are counted after the last part: a loop that ends earlier is not checked.
 
         Raises:
             RuntimeError: this process passed over fewer parts than the others, which would wait for it forever.

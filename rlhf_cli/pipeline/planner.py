@@ -236,9 +236,8 @@ class Planner:
         name, why_not = stage.steps_setting or "", self._fixed_steps(stage)
         reason, refusal = _listed(differences(began, what, inputs)), None
         if why_not is not None:
-            refusal = self._refusal(
-                stage, pending, f"that was started differently: {reason}; {why_not}", "undo the change to resume"
-            )
+            what_is, before = f"that was started differently: {reason}; {why_not}", began["settings"][name]
+            refusal = self._refusal(stage, pending, what_is, f"resume by `--set {name}={before}`")
         else:
             done, steps = steps_done(self._run.work(stage.name)), what["settings"][name]
             if done > steps:

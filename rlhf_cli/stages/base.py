@@ -197,7 +197,8 @@ class Stage(Generic[S, I]):
             more of the finished artifact, and then no later stage runs. What it reads of the settings is effort only.
         keeps_earlier: an artifact that is replaced by one with other settings or inputs moves to `KEPT`.
         steps_setting: dotted setting of the number of steps; if it alone changes, the stage continues with the new
-            number: an unfinished one that has not done more, and a finished one if it is raised.
+            number: an unfinished one that has not done more, and a finished one if it is raised. What is done after a
+            last step may then differ from a run that began with that number; docs/guide.md says in what.
         fixed_steps: (settings) -> why another `steps_setting` would change the steps already done; None if it would
             not.
     """

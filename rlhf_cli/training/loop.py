@@ -298,9 +298,13 @@ class TrainingLoop:
             self._open_log(-1, None)  # drop all that an earlier attempt wrote
             return None
         self._restore(checkpoint)
-        self._is_cut_short = checkpoint.step == self._steps < checkpoint.state.get("steps", self._steps)
         if checkpoint.step:
             progress.say(f"{self._label}: resuming from step {checkpoint.step:,} of {self._steps:,}")
+        if checkpoint.step == self._steps and not self._task.has_ended:
+            begun_with = checkpoint.state.get("steps")
+            self._is_cut_short = begun_with is not None and begun_with > self._steps
+            if begun_with is None:  # saved by an earlier version
+                progress.say(f"{self._label}: whether this step was the last is not known; it is not evaluated again")
         return checkpoint.step
 
     def _roll_back(self, step: int, error: DivergedError) -> int:

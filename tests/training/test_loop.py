@@ -73,13 +73,20 @@ class Walk(TrainingTask):
 
 
 def loop(
-    task: Walk, work: Path, *, stop: StopAtStep | None = None, checkpoint_steps: int = 2, checkpoint_async: bool = False
+    task: Walk,
+    work: Path,
+    *,
+    steps: int = STEPS,
+    stop: StopAtStep | None = None,
+    checkpoint_steps: int = 2,
+    checkpoint_async: bool = False,
+    shows_samples: bool = False,
 ) -> TrainingLoop:
     work.mkdir(exist_ok=True)
     return TrainingLoop(
         task,
         label="walk",
-        steps=STEPS,
+        steps=steps,
         checkpoint_steps=checkpoint_steps,
         seed=3,
         work=work,
@@ -87,6 +94,7 @@ def loop(
         processes=ProcessGroup(),
         hint="walk more slowly",
         checkpoint_async=checkpoint_async,
+        shows_samples=shows_samples,
     )
 
 

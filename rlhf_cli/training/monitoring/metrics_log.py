@@ -69,8 +69,8 @@ class MetricsLog:
             self._trackers.write(step, _finite(metrics), binned)
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the last line, which is that of `step`."""
-        self._lines.amend(_plain(metrics))
+        """Add metrics to those of `step`, the last step that was written."""
+        self._lines.amend(step, _plain(metrics))
         self.track(step, metrics)
 
     def track(self, step: int, metrics: Mapping[str, float]) -> None:

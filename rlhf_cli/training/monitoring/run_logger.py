@@ -53,7 +53,7 @@ class RunLogger:
             self._log.write(step, metrics, histograms)
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add metrics to those of the last step that was written."""
+        """Add metrics to those of `step`, the last step that was written."""
         if self._log is not None:
             self._log.amend(step, metrics)
 

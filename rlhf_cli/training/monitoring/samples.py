@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -58,19 +59,23 @@ class SampleLog:
         self._lines = StepLines(path, after_step=after_step, sparse=True)
 
     def show(self, step: int, rows: Sequence[ShownCompletion]) -> None:
-        """Append and print the completions sampled after `step` steps."""
-        for row in rows:
-            values = {
-                name: value if not isinstance(value, float) or math.isfinite(value) else None
-                for name, value in asdict(row).items()
-            }
-            self._lines.append({"step": step} | values)
-        self._lines.sync()
+        """Append and print the completions sampled after `step` steps; those of a step that stayed are there."""
+        if step > self._lines.kept_step:
+            self._lines.append(*({"step": step} | _plain(row) for row in rows))
+            self._lines.sync()
         console.print(view(step, rows), soft_wrap=False)  # wrapped in logs too
 
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
+
+
+def _plain(row: ShownCompletion) -> dict[str, Any]:
+    """Return a completion as JSON has it."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in asdict(row).items()
+    }
 
 
 def view(step: int, rows: Sequence[ShownCompletion]) -> RenderableType:

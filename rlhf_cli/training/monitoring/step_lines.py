@@ -76,22 +76,28 @@ class StepLines:
             warn(f"{self._path}: {lost:,} line{'' if lost == 1 else 's'} cannot be read: {stays}")
         return b"".join(kept)
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line; raises `OSError` where the disk cannot be written."""
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
-        line = text.encode("utf-8", "replace") + b"\n"
-        self._file.write(line)
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Write a line per row, all at once; raises `OSError` where the disk cannot be written."""
+        lines = b"".join(map(_line, rows))
+        self._file.write(lines)
         self._file.flush()
-        self._digest.update(line)
-        self._bytes += len(line)
+        self._digest.update(lines)
+        self._bytes += len(lines)
 
-    def amend(self, values: Mapping[str, Any]) -> None:
-        """Add values to the last line, which must be there, and write the file anew."""
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add values to the last line if it is of `step`, otherwise add a line. The file is replaced atomically.
+
+        Raises:
+            OSError: the disk cannot be written; the file is unchanged.
+        """
         self.close()
-        *before, last = self._path.read_bytes().splitlines(keepends=True)
-        write_whole(self._path, b"".join(before))
-        self._open(b"".join(before))
-        self.append(json.loads(last) | values)
+        lines = list(_numbered(self._path.read_bytes())) if self._path.exists() else []
+        row: dict[str, Any] = {"step": step}
+        if lines and lines[-1][1] == step:
+            row = json.loads(lines.pop()[0])
+        content = b"".join(line for line, _ in lines) + _line(row | dict(values))
+        write_whole(self._path, content)
+        self._open(content)
 
     def position(self) -> dict[str, Any]:
         """Make what was written durable and return how far it goes, for a checkpoint: `bytes` and their `sha256`."""
@@ -128,6 +134,11 @@ def _numbered(data: bytes) -> Iterable[tuple[bytes, int | None]]:
     for line in data.split(b"\n")[:-1]:
         if line:
             yield line + b"\n", _step_of(line)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def _last_step(data: bytes) -> int:

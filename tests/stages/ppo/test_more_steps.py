@@ -85,9 +85,11 @@ def test_a_run_that_ends_with_the_steps_done_is_evaluated_as_one_that_ends_there
 
 
 def test_a_run_that_ends_where_an_evaluation_was_due_is_not_evaluated_again(rlhf_here, files, begin, tmp_path):
-    changes = {"ppo__eval_steps": 2, "data__holdout": 0.3}
+    changes = {"ppo__eval_steps": 2, "data__holdout": 0.3, "ppo__save_steps": 1}
     begin(2, **changes)
     for run in ("run", "whole"):
         assert rlhf_here(*arguments(run, ppo__steps=2, **changes))[0] == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "run/ppo" / name).read_bytes() == (tmp_path / "whole/ppo" / name).read_bytes(), name
+    saved = [{path.name for path in (tmp_path / run / "ppo/steps").iterdir()} for run in ("run", "whole")]
+    assert saved == [{"1", "2"}, {"1"}], "the policy of a step that was not the last stays"

@@ -172,6 +172,27 @@ def test_text_with_line_ends_of_unicode_stays_on_one_line(tmp_path):
     assert json.loads(line)["answer"] == "a\u2028b\x85c\nd ? é"
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b'{"step": 1, "loss": 1.0}\n', b'{"step": 1, "loss": 1.0}\n{"step": 2, "lo', None]
+)
+def test_metrics_of_a_step_whose_line_is_lost_get_a_line(content, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write(1, {"loss": 1.0})
+    log.write(2, {"loss": 0.5})
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    log.amend(2, {"eval/loss": 0.7})
+    log.write(3, {"loss": 0.2})
+    position = log.position()
+    log.close()
+    before = [{"step": 1, "loss": 1.0}] if content else []
+    assert read_rows(path) == [*before, {"step": 2, "eval/loss": 0.7}, {"step": 3, "loss": 0.2}]
+    assert position["bytes"] == path.stat().st_size
+
+
 def test_an_exception_leaves_the_log_closed_and_whole(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
 
