@@ -65,7 +65,7 @@ def draw_completions(
     chosen = range(len(prompts)) if numbers is None else numbers
     in_chunks = (early_chunks if is_early else chunks_by_length)([len(prompts.ids[number]) for number in chosen], size)
     chunks = [[chosen[position] for position in chunk] for chunk in in_chunks]
-    file = CompletionFile(context.work / "samples.jsonl", chunks, per_prompt, processes)
+    file = CompletionFile(context.work / "samples.jsonl", chunks, per_prompt, processes, range(len(prompts)))
     if file.done:
         say(f"{file.done:,} completions were sampled before")
         if receive is not None and file.left:

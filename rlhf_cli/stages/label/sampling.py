@@ -123,7 +123,7 @@ def sample_completions(
         )  # fmt: skip
     if processes.is_main:
         write_contract(context, path, style, sampling.settings(), ())
-    candidates = list(map(candidates_of, chosen.values(), completions))
+    candidates = [candidates_of(prompt, own) for prompt, own in zip(chosen.values(), completions, strict=True)]
     total = len(prompts) if settings.selects_first else None
     return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, tokens, total)
 

@@ -236,13 +236,21 @@ def test_a_selected_run_that_is_interrupted_goes_on_with_its_completions(run, tm
     assert generator.calls == [4, 8]
 
 
-def test_completions_of_all_prompts_do_not_pass_for_those_of_the_selected_ones(run, tmp_path):
+def test_a_selection_keeps_completions_of_all_prompts_and_takes_those_of_its_own(run, tmp_path, capsys):
     """As an attempt of an earlier version left them, which sampled before it selected."""
     with pytest.raises(WaitingForLabelsError):
         run(Drawn(), "earlier")
     shutil.rmtree(tmp_path / "earlier" / Path(STORE).parts[0])
+    samples = tmp_path / "earlier" / ".label.work" / "samples.jsonl"
+    content = samples.read_bytes()
+    generator = Drawn()
     with pytest.raises(WaitingForLabelsError):
-        run(Drawn(), "earlier", active_learning=SELECTED)
+        run(generator, "earlier", active_learning=SELECTED)
+    assert generator.calls == []
+    assert samples.read_bytes() == content
+    said = capsys.readouterr().err
+    assert "14 completions were sampled before" in said
+    assert "torn or damaged" not in said
     label_ready(tmp_path / "earlier")
     rows = run(Drawn(), "earlier", active_learning=SELECTED)
     assert [sorted(row["completions"]) for row in rows] == selected_of_all(run, tmp_path)
