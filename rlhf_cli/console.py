@@ -14,12 +14,8 @@ from rich.control import Control
 
 from rlhf_cli import run_log
 from rlhf_cli.distributed.ranks import is_main
+from rlhf_cli.echo import without_echo
 from rlhf_cli.verbosity import is_quiet
-
-try:
-    import termios
-except ImportError:  # Windows
-    termios = None
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -103,27 +99,12 @@ def working(text: str) -> Iterator[None]:
     Args:
         text: what is being done.
     """
-    if not interactive() or _Notice.bars or _Notice.spinners:
+    # Other ranks show nothing, and all share the terminal: rank 1 must not take for its own state what rank 0 set.
+    if not (is_main() and interactive()) or _Notice.bars or _Notice.spinners:
         yield
         return
     with spinner(text):
         yield
-
-
-@contextmanager
-def without_echo() -> Iterator[None]:
-    """Do not show what is typed, which would be mixed into what is drawn; the next question reads it."""
-    if termios is None or not sys.stdin.isatty():
-        yield
-        return
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 class _Notice:

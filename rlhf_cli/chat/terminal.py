@@ -11,7 +11,7 @@ from rich.console import Console
 from rlhf_cli.chat.conversation import Conversation, Reply
 from rlhf_cli.chat.display import Display
 from rlhf_cli.chat.files import ChatFiles
-from rlhf_cli.console import without_echo
+from rlhf_cli.echo import without_echo
 from rlhf_cli.errors import DataError, RLHFError
 from rlhf_cli.quoting import word
 

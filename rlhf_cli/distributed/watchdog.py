@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rlhf_cli.echo import restore_echo
 from rlhf_cli.errors import EXIT_STALLED
 from rlhf_cli.run_log import write
 
@@ -101,4 +102,5 @@ def _end(seconds: float, what: str) -> None:
     )
     os.write(_STDERR, text.encode())
     write(text)
+    restore_echo()
     os._exit(EXIT_STALLED)

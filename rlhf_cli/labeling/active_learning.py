@@ -130,7 +130,10 @@ def select(items: Sequence[Item], *, by: Strategy, prompts: int, completions: in
 
 
 def select_prompts(items: Sequence[Item], *, prompts: int, seed: int) -> list[int]:
-    """Select prompts at random before they have completions: those that `select` takes by `random`, ascending.
+    """Select prompts at random before they have completions, ascending.
+
+    These are those that `select` takes by `random`, unless the completions of some turn out to be all equal: `select`
+    takes others in their place.
 
     Args:
         items: N, without completions.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,26 @@ class CompletionFile:
         chunks: numbers of the prompts in each chunk, in the order they are sampled; each prompt is in one chunk.
         per_prompt: completions per prompt (K).
         processes: of the run, which share the missing chunks.
+        prompts: numbers of all prompts that there are. What an earlier attempt sampled for those in no chunk stays in
+            the file, and is not returned. None: all are in chunks.
     """
 
     def __init__(
-        self, path: Path, chunks: Sequence[Sequence[int]], per_prompt: int, processes: ProcessGroup | None = None
+        self,
+        path: Path,
+        chunks: Sequence[Sequence[int]],
+        per_prompt: int,
+        processes: ProcessGroup | None = None,
+        prompts: Collection[int] | None = None,
     ) -> None:
         self._folder, self._name, self._per_prompt = path.parent, path.stem, per_prompt
         self._processes = processes or ProcessGroup()
         self._numbers = {number for chunk in chunks for number in chunk}
+        self._known = self._numbers if prompts is None else prompts
         done: list[int] | None = None
         if self._processes.is_main:  # it alone truncates files, before any process appends
             done = sorted(self._repair())
-        self._done = set(self._processes.all_gather_object(done)[0])
+        self._done = self._numbers & set(self._processes.all_gather_object(done)[0])
         left = ([number for number in chunk if number not in self._done] for chunk in chunks)
         missing = [chunk for chunk in left if chunk]
         self._mine = self._processes.shard(missing)
@@ -104,7 +112,7 @@ class CompletionFile:
         return [completions[number] for number in sorted(completions)]
 
     def sampled(self) -> dict[int, list[Completion]]:
-        """Return number -> K completions of each prompt that is on disk."""
+        """Return number -> K completions of each prompt of the chunks that is on disk."""
         completions: dict[int, list[Completion]] = {}
         for path in self._files():
             with path.open("rb") as file:
@@ -115,7 +123,8 @@ class CompletionFile:
                             f"{path} was damaged while it was in use", hint="run the same command again to repair it"
                         )
                     number, completion, _ = found
-                    completions.setdefault(number, []).append(completion)
+                    if number in self._numbers:
+                        completions.setdefault(number, []).append(completion)
         return completions
 
     def _path(self, process: int) -> Path:
@@ -153,7 +162,7 @@ class CompletionFile:
             if first is None or found or len(group) < self._per_prompt:
                 break
             number, to_come = first
-            if number not in self._numbers or number in done or number in chunk:
+            if number not in self._known or number in done or number in chunk:
                 break
             chunk.append(number)
             end += sum(len(line) + 1 for line in group)

@@ -11,7 +11,7 @@ from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.labeling.completions import CompletionFile
-from rlhf_cli.progress import say, task
+from rlhf_cli.progress import Task, say, task
 from rlhf_cli.rewards.base import Columns, columns_of
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.training.timing import StepWatch
@@ -37,10 +37,11 @@ def draw_completions(
     generator: Generator,
     processes: ProcessGroup,
     watch: StepWatch,
+    drawings: list[Drawing],
     numbers: Sequence[int] | None = None,
     is_early: bool = False,
     receive: Receive | None = None,
-) -> tuple[list[list[Completion]], int]:
+) -> list[list[Completion]]:
     """Draw K completions per prompt; all processes call this, share the prompts, and get all completions.
 
     Each batch is on disk before the next begins, so that an interrupted stage resumes after it.
@@ -53,19 +54,20 @@ def draw_completions(
         generator: draws completions.
         processes: of the run.
         watch: times the sampling.
+        drawings: what counts the tokens drawn is added before they are, so that it is known where sampling ends early.
         numbers: of the prompts to complete, ascending; None completes all N.
         is_early: draw a few completions first, see `early_chunks`; the same for all attempts of a stage.
         receive: called when some completions are on disk, and again for those of each further chunk; it is not called
             if all were sampled before. With one process only.
 
     Returns:
-        K completions of each of these prompts, and the number of tokens drawn in this attempt, if the generator tells.
+        K completions of each of these prompts.
     """
     size = max(1, policy.sampling.batch_size // per_prompt)
     chosen = range(len(prompts)) if numbers is None else numbers
     in_chunks = (early_chunks if is_early else chunks_by_length)([len(prompts.ids[number]) for number in chosen], size)
     chunks = [[chosen[position] for position in chunk] for chunk in in_chunks]
-    file = CompletionFile(context.work / "samples.jsonl", chunks, per_prompt, processes)
+    file = CompletionFile(context.work / "samples.jsonl", chunks, per_prompt, processes, range(len(prompts)))
     if file.done:
         say(f"{file.done:,} completions were sampled before")
         if receive is not None and file.left:
@@ -79,20 +81,20 @@ def draw_completions(
         requests = _requests(prompts, chunk, per_prompt, context.recipe.seed)
         return generator.generate(policy, requests, progress=progress, stop=context.stop.check)
 
-    limit, tokens = policy.sampling.max_new_tokens, 0
+    def counted(count: int, bar: Task) -> Drawing:
+        drawings.append(Drawing(count, policy.sampling.max_new_tokens, bar))
+        return drawings[-1]
+
     with watch.phase("rollout", "sampling"):
         if receive is not None and file.left and not file.done:
             first = file.next_chunk
             with task("sampling the first completions", len(first) * per_prompt, "completions") as bar:
-                progress = Drawing(len(first) * per_prompt, limit, bar)
-                drawn = file.add(first, draw(first, progress))
-            tokens = progress.tokens
+                drawn = file.add(first, draw(first, counted(len(first) * per_prompt, bar)))
             receive(drawn)  # after the end of the bar: an interface may open now
         with task("sampling completions", file.done + file.left, "completions", done=file.done) as bar:
-            progress = Drawing(file.left, limit, bar)
-            file.fill(partial(draw, progress=progress), context.stop.check, receive or (lambda _: None))
+            file.fill(partial(draw, progress=counted(file.left, bar)), context.stop.check, receive or (lambda _: None))
     policy.release()
-    return file.read(), tokens + progress.tokens
+    return file.read()
 
 
 def _requests(prompts: TokenizedPrompts, chunk: Sequence[int], per_prompt: int, seed: int) -> list[Request]:

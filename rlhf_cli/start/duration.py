@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.console import muted, spinner
 from rlhf_cli.durations import format_duration
-from rlhf_cli.errors import RLHFError
 from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.progress import say, warn
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.start.draft import Draft
-from rlhf_cli.start.measuring import obstacle
+from rlhf_cli.start.measuring import obstacle, reason_of
 
 if TYPE_CHECKING:
     from rlhf_cli.pipeline.plan import RunPlan
@@ -36,8 +35,8 @@ def say_how_long(draft: Draft, path: Path) -> None:
             plan = plan_run(loaded, loaded.recipe.default_run_dir, Selection())
     except KeyboardInterrupt:
         say(f"\nHow long it takes was not measured: {command} does that")
-    except RLHFError as error:  # the recipe was checked; only the trial failed
-        warn(f"how long it takes is not known: {error.message}; {command} tries again")
+    except Exception as error:  # the recipe was checked; only the trial failed
+        warn(f"how long it takes is not known: {reason_of(error)}; {command} tries again")
     else:
         say(f"\n{_time_line(plan, draft, command)}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.console import console, spinner
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.memory import free_memory, machine_memory
+from rlhf_cli.memory import free_memory, is_out_of_memory, machine_memory
 from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.progress import warn
 from rlhf_cli.recipe.loader import load_recipe
@@ -42,6 +42,15 @@ def obstacle(model: ModelFacts) -> str | None:
     return None
 
 
+def reason_of(error: Exception) -> str:
+    """Why a measurement failed: a known problem, or too little memory here. Any other error is raised again."""
+    if isinstance(error, RLHFError):
+        return error.message
+    if is_out_of_memory(error):
+        return "the memory of this machine did not suffice"
+    raise error
+
+
 def with_lengths(draft: Draft) -> Draft:
     """Return the draft with the lengths of a few completions, and say what its limit cuts off.
 
@@ -56,10 +65,13 @@ def with_lengths(draft: Draft) -> Draft:
         return draft
     else:
         try:
-            with spinner("sampling a few completions, to see how long they are ..."):
+            with spinner("sampling a few completions, to see how long they are; Ctrl-C skips it ..."):
                 found = sample_lengths(draft.model, draft.prompts.sample, draft.most_new_tokens, draft.settings)
-        except RLHFError as error:
-            _say_unmeasured(draft, error.message)
+        except KeyboardInterrupt:  # the answers are not lost: the recipe is written with a guess
+            _say_unmeasured(draft, "sampling them was skipped")
+            return draft
+        except Exception as error:
+            _say_unmeasured(draft, reason_of(error))
             return draft
     draft = replace(draft, lengths=found)
     limit = draft.max_new_tokens()
@@ -117,6 +129,8 @@ def _sampled(policy: Policy, prompts: Sequence[Sequence[int]], watch: _Watch) ->
         if watch.is_too_slow:
             return None
         running = len(prompts) - len(watch.ended)
+        if not running:  # the last one ended in the very step after which time was up
+            return Lengths(sorted(watch.ended))
         return Lengths(sorted(watch.ended), running, (watch.tokens - sum(watch.ended)) // running)
     ended = sorted(len(one.ids) for one in drawn if one.finished)
     return Lengths(ended, len(drawn) - len(ended), policy.sampling.max_new_tokens)

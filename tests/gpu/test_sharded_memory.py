@@ -5,8 +5,6 @@ Loading, the checkpoint and the artifact are included. gloo carries the messages
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ import pytest
 
 from tests.gpu.mutants import WHOLE
 from tests.gpu.running import ROOT, Host, fake_gpus
+from tests.scripts import load_script
 
 RANKS = 2
 RUNS = ("sft-none",)
@@ -30,13 +29,7 @@ def gpus() -> Iterator[Host]:
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     """The script that measures the same on CPUs."""
-    spec = importlib.util.spec_from_file_location("sharding_memory", ROOT / "benchmarks" / "sharding_memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "sharding_memory.py")
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,23 @@ def test_what_follows_the_last_chunk_is_cut_off(tmp_path: Path):
     assert path.read_bytes() == content
 
 
+def test_prompts_in_no_chunk_stay_in_the_file_and_are_not_returned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Such as those that a selection does not take."""
+    content = whole(tmp_path)
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b"".join(content.splitlines(keepends=True)[:8]))  # prompts 2, 0, 1 and 4
+    log: list[int] = []
+    file = CompletionFile(path, [[1, 3], [0]], 2, prompts=range(5))
+    assert (file.done, file.left) == (4, 2)
+    assert sorted(file.sampled()) == [0, 1]
+    file.fill(sampler(log), lambda: None)
+    assert log == [3]
+    assert [group[0].ids[0] for group in file.read()] == [0, 1, 3]
+    assert CompletionFile(path, CHUNKS, 2).done == 10
+    assert "damaged" not in capsys.readouterr().err
+    assert CompletionFile(path, CHUNKS, 2, prompts=range(2)).done == 0, "of another set of prompts"
+
+
 def test_a_stop_between_chunks_keeps_what_is_done(tmp_path: Path):
     calls: list[int] = []
 

@@ -48,7 +48,11 @@ def test_the_end_says_how_long_the_run_takes(draft, tmp_path, capsys, monkeypatc
 def test_a_trial_that_fails_or_is_skipped_recommends_the_plan(draft, tmp_path, capsys, monkeypatch):
     made, path = draft(), tmp_path / "mine.yaml"
     write_recipe(made, path, "rlhf start")
-    for error, words in ((KeyboardInterrupt(), "was not measured"), (ModelError("no memory"), "not known: no memory")):
+    for error, words in (
+        (KeyboardInterrupt(), "was not measured"),
+        (ModelError("no memory"), "not known: no memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not known: the memory of this machine did not"),
+    ):
 
         def fail(*_, error=error):
             raise error

@@ -33,6 +33,42 @@ def test_sampling_ends_when_its_time_is_up(draft):
     assert (found.count, found.is_guess, found.sampled) == (10, True, 1)
 
 
+def test_the_last_completion_may_end_when_the_time_is_up(draft, monkeypatch):
+    def generate(self, policy, requests, *, progress):
+        progress(0, len(requests))
+        progress(len(requests), len(requests), [2] * len(requests))
+
+    monkeypatch.setattr("rlhf_cli.generation.torch_generator.TorchGenerator.generate", generate)
+    clock = iter([1.0, 101.0])
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    made = draft()
+    assert sample_lengths(made.model, made.prompts.sample, 4, ()) == Lengths([2] * 10)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "sampling them was skipped"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory of this machine did not suffice"),
+        (MemoryError(), "memory of this machine did not suffice"),
+    ],
+)
+def test_ctrl_c_and_too_little_memory_keep_the_answers(draft, capsys, monkeypatch, error, reason):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("rlhf_cli.start.measuring.sample_lengths", fail)
+    made = draft()
+    assert with_lengths(made) == made
+    assert reason in said(capsys)
+
+
+def test_a_defect_is_no_reason_to_go_on(draft, monkeypatch):
+    monkeypatch.setattr("rlhf_cli.start.measuring.sample_lengths", lambda *_: {}["absent"])
+    with pytest.raises(KeyError):
+        with_lengths(draft())
+
+
 def test_a_slow_machine_samples_fewer_prompts(draft, monkeypatch):
     made = draft()
     clock = iter(range(10_000))

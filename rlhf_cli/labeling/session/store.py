@@ -178,8 +178,9 @@ class LabelStore:
 
     def add_cut_off(self, item: str, tokens: Sequence[int | None]) -> None:
         """Add which completions of an item were cut off, in stored order, unless that is known."""
-        self.connection.execute(_CUT_OFF)
-        self._protect("cut_off")
+        if not self._has_table("cut_off"):
+            self.connection.execute(_CUT_OFF)
+            self._protect("cut_off")
         if self.connection.execute("SELECT 1 FROM cut_off WHERE item = ?", (item,)).fetchone() is None:
             self.insert("cut_off", item=item, tokens=json.dumps(tokens))
 

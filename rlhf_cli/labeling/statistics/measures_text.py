@@ -19,6 +19,7 @@ from rlhf_cli.labeling.statistics.report import (
     LabelReport,
     Pace,
 )
+from rlhf_cli.labeling.statistics.warnings import LEAST_GOLD, LEAST_SELF_CONSISTENCY
 
 _NAME, _VALUE = 30, 8
 """Columns of a measure's name and value."""
@@ -61,9 +62,10 @@ def _measures(report: LabelReport) -> Iterator[_Measure]:
         report.self_consistency,
         _percent,
         "pairs",
-        "Hidden repeats, shown in reverse order, got the same verdict as before. Below 63% is low.",
+        "Hidden repeats, shown in reverse order, got the same verdict as before. "
+        f"Below {LEAST_SELF_CONSISTENCY:.0%} is low.",
     )
-    gold = "Gold items were ranked in the known order; a tie counts half. Below 75% is low."
+    gold = f"Gold items were ranked in the known order; a tie counts half. Below {LEAST_GOLD:.0%} is low."
     yield _measure("gold accuracy", report.gold, _percent, "pairs", gold)
     first = "Of two completions, the one shown earlier won. 50% is unbiased."
     yield _measure("earlier shown wins", report.first_shown, _percent, "untied pairs", first)

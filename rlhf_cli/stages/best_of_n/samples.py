@@ -14,6 +14,7 @@ from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.progress import say
 from rlhf_cli.rewards.base import Columns
@@ -86,7 +87,8 @@ def draw_samples(context: BestOfNContext, generator: Generator | None = None) ->
     say(f"best-of-n: {len(prompts):,} prompts x {each:,} completions = {count:,} completions to sample and score")
     warn_of_trained([PromptRecord(prompt) for prompt in prompts.prompts], path, "the best of n")
     processes, watch = ProcessGroup(policy.source.device), StepWatch(policy.source.device)
-    drawn, tokens = draw_completions(
+    drawings: list[Drawing] = []
+    drawn = draw_completions(
         context,
         policy,
         prompts,
@@ -94,10 +96,12 @@ def draw_samples(context: BestOfNContext, generator: Generator | None = None) ->
         generator=choose_generator(context, [policy], generator),
         processes=processes,
         watch=watch,
+        drawings=drawings,
     )
     if processes.is_main:
         write_contract(context, path, PromptStyle.of(policy.format), sampling.settings(), ())
     texts = [[completion.text for completion in group] for group in drawn]
+    tokens = sum(one.tokens for one in drawings)
     return Samples(prompts.prompts, texts, processes, skips, drawn, prompts.references, policy, watch, tokens)
 
 

@@ -54,7 +54,7 @@ def select_candidates(context: LabelContext, settings: ActiveLearningSettings, s
         if sampled.processes.is_main:
             file.write(found)
         chosen = found.selected
-        _report(settings, sampled.selected_from or len(items), found)
+        _report(settings, len(items), sampled.selected_from, found)
     else:
         say(f"reusing the selection of {len(saved):,} of {len(rows):,} prompts")
         chosen = [SelectedItem(**{**row, "completions": tuple(row["completions"])}) for row in saved]
@@ -118,11 +118,28 @@ def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[
     return scores
 
 
-def _report(settings: ActiveLearningSettings, prompts: int, selection: Selection) -> None:
-    chosen = selection.selected
-    usable, held_out = prompts - len(selection.identical), sum(one.is_held_out for one in chosen)
-    if selection.identical:
-        warn(f"{len(selection.identical):,} of {prompts:,} prompts are skipped: their completions are all equal")
+def _report(settings: ActiveLearningSettings, sampled: int, selected_from: int | None, selection: Selection) -> None:
+    """Say what was selected.
+
+    Args:
+        settings: of the selection.
+        sampled: number of prompts with completions.
+        selected_from: see `Sampled`.
+        selection: what was found.
+    """
+    chosen, equal = selection.selected, len(selection.identical)
+    held_out = sum(one.is_held_out for one in chosen)
+    if selected_from is None:
+        usable = sampled - equal
+        skipped = f"{equal:,} of {sampled:,} prompts are skipped: their completions are all equal"
+    else:  # no other prompt takes the place of one whose completions are all equal
+        usable = selected_from
+        skipped = (
+            f"{equal:,} of the {sampled:,} selected prompts are skipped: their completions are all equal; "
+            f"{len(chosen):,} are labeled"
+        )
+    if equal:
+        warn(skipped)
     if usable < settings.prompts:
         warn(f"`label.active_learning.prompts: {settings.prompts:,}` exceeds the {usable:,} prompts: all are labeled")
     scores = [one.score for one in chosen if one.score is not None]

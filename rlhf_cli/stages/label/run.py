@@ -33,6 +33,7 @@ from rlhf_cli.stages.common import EXCERPT, model_source
 from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.label.sampling import (
     ALL_EQUAL,
+    Effort,
     Sampled,
     check_count,
     distinct,
@@ -77,21 +78,23 @@ class _Attempt:
     """
 
     def __init__(self, work: Path) -> None:
-        self.sampled: Sampled | None = None
+        self.effort = Effort()
         self._work, self._began = work, time.monotonic()
 
     def keep(self) -> None:
-        """Write the times for the next attempt."""
-        append_attempt(self._work, self._row())
+        """Write the times for the next attempt. Where that fails, it is a warning: the attempt has its own error."""
+        try:
+            append_attempt(self._work, self._row())
+        except OSError as error:
+            warn(f"cannot write {self._work / TIMING} ({error.strerror or error}): the time of this attempt is lost")
 
     def totals(self) -> dict[str, float]:
         """Sums over all attempts; see `timing_log.totals`."""
         return totals([*read_rows(self._work / TIMING), self._row()])
 
     def _row(self) -> dict[str, float]:
-        row = {}
-        if self.sampled is not None:
-            row = timing_row(self.sampled.watch.end_step(), {"rollout": Work(self.sampled.tokens)})
+        tokens = sum(one.tokens for one in self.effort.drawings)
+        row = timing_row(self.effort.watch.end_step(), {"rollout": Work(tokens)})
         return row | {"time/step": time.monotonic() - self._began}
 
 
@@ -99,10 +102,9 @@ def _ranked(context: LabelContext, generator: Generator | None, attempt: _Attemp
     settings = context.settings
     context = decide_precision(context)
     if settings.samples:
-        sampled = sample_completions(context, settings, generator, _session_for(context, settings))
+        sampled = sample_completions(context, settings, attempt.effort, generator, _session_for(context, settings))
     else:
-        sampled = given_completions(context, settings)
-    attempt.sampled = sampled
+        sampled = given_completions(context, settings, attempt.effort)
     if settings.active_learning is not None:
         from rlhf_cli.stages.label.active_learning import select_candidates
 

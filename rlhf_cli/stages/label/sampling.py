@@ -13,6 +13,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import warn
@@ -35,6 +36,19 @@ ALL_EQUAL = "all completions are equal"
 """Why a prompt is skipped."""
 
 
+@dataclass
+class Effort:
+    """What an attempt of the stage did so far, also one that ends early.
+
+    Attributes:
+        watch: times sampling and scoring.
+        drawings: count the tokens that were sampled, if the generator tells.
+    """
+
+    watch: StepWatch = field(default_factory=StepWatch)
+    drawings: list[Drawing] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Completions to rank.
@@ -47,7 +61,6 @@ class Sampled:
         references: see `references_of`.
         policy: that sampled them; None if the user gave the completions.
         watch: times sampling and scoring.
-        tokens: number of tokens that were sampled in this attempt, if the generator tells.
         selected_from: number of prompts of which those of `candidates` were selected before sampling; None if none
             were selected by then.
     """
@@ -59,7 +72,6 @@ class Sampled:
     references: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
     watch: StepWatch = field(default_factory=StepWatch)
-    tokens: int = 0
     selected_from: int | None = None
 
     def columns(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Columns:
@@ -68,7 +80,7 @@ class Sampled:
         return columns_of_drawn(prompts, texts, drawn, policy=self.policy, references=self.references)
 
 
-def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled:
+def given_completions(context: LabelContext, settings: LabelSettings, effort: Effort) -> Sampled:
     """Read the completions of `label.items`; imports no torch unless a model is to judge them."""
     from rlhf_cli.data.sources import read_records
 
@@ -88,12 +100,14 @@ def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled
     )
     for warning in loaded.warnings:
         warn(warning)
-    return Sampled(loaded.records, [], loaded.skips, ProcessGroup(device), references_of(loaded.records))
+    references, processes = references_of(loaded.records), ProcessGroup(device)
+    return Sampled(loaded.records, [], loaded.skips, processes, references, watch=effort.watch)
 
 
 def sample_completions(
     context: LabelContext,
     settings: LabelSettings,
+    effort: Effort,
     generator: Generator | None = None,
     open_session: Callable[[Mapping[int, Prompt]], AbstractContextManager[Receive]] | None = None,
 ) -> Sampled:
@@ -102,6 +116,7 @@ def sample_completions(
     Args:
         context: of the stage.
         settings: its section.
+        effort: of this attempt; its watch is replaced by one for the device of the policy.
         generator: draws them; None is that of `generation.engine`.
         open_session: what receives the completions of these prompts, by number, while others are sampled.
     """
@@ -112,20 +127,20 @@ def sample_completions(
     prompts, skips = load_prompts(context, policy, "label.sampling.max_new_tokens")
     processes = ProcessGroup(policy.source.device)
     draws = choose_generator(context, [policy], generator)
-    watch = StepWatch(policy.source.device)
+    effort.watch = StepWatch(policy.source.device)
     # With several processes the completions of the others reach this one at the end of sampling.
     chosen = {number: prompts.prompts[number] for number in prompts_to_label(context, prompts)}
     session = nullcontext() if open_session is None or world_size() > 1 else open_session(chosen)
     with session as receive:
-        completions, tokens = draw_completions(
-            context, policy, prompts, per_prompt, generator=draws, processes=processes, watch=watch,
-            numbers=list(chosen), is_early=open_session is not None, receive=receive,
+        completions = draw_completions(
+            context, policy, prompts, per_prompt, generator=draws, processes=processes, watch=effort.watch,
+            drawings=effort.drawings, numbers=list(chosen), is_early=open_session is not None, receive=receive,
         )  # fmt: skip
     if processes.is_main:
         write_contract(context, path, style, sampling.settings(), ())
-    candidates = list(map(candidates_of, chosen.values(), completions))
+    candidates = [candidates_of(prompt, own) for prompt, own in zip(chosen.values(), completions, strict=True)]
     total = len(prompts) if settings.selects_first else None
-    return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, tokens, total)
+    return Sampled(candidates, completions, skips, processes, prompts.references, policy, effort.watch, total)
 
 
 def prompts_to_label(context: LabelContext, prompts: TokenizedPrompts) -> Sequence[int]:

@@ -156,6 +156,18 @@ def test_prompts_with_nothing_to_compare_are_skipped_and_counted(tmp_path: Path,
         select(context(tmp_path / "none", [], by="random"), rows)
 
 
+def test_the_report_of_a_selection_before_sampling_counts_what_was_selected(tmp_path: Path, capsys):
+    rows = sampled()
+    equal = [dataclasses.replace(row, completions=("yes",) * 4) for row in rows.candidates[:3]]
+    candidates = [*equal, *rows.candidates[3:8]]
+    rows = dataclasses.replace(rows, candidates=candidates, completions=rows.completions[:8], selected_from=20)
+    select(context(tmp_path, [], by="random"), rows)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "3 of the 8 selected prompts are skipped: their completions are all equal; 5 are labeled" in said
+    assert "selected by random: 5 of 20 prompts" in said
+    assert "exceeds" not in said
+
+
 def test_an_ensemble_of_copies_is_found_out(models: list[str], tmp_path: Path, capsys):
     copy = shutil.copytree(models[0], tmp_path / "copy")
     select(context(tmp_path / "copies", [models[0], str(copy)], by="disagreement"), sampled())

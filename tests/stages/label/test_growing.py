@@ -42,6 +42,7 @@ class Drawn:
         self._before(len(self.calls))
         stop()
         self.calls.append(len(requests))
+        progress(len(requests), len(requests))
         seeds = [0 if self._equal else request.seed for request in requests]
         return [Completion([seed % 50 + 5], f"text {seed}", self._finished) for seed in seeds]
 
@@ -82,6 +83,10 @@ def label_ready(run_dir: Path, most: int = 100) -> int:
             session.submit(who, task.id, entry, key=f"key {task.id}", active_seconds=0)
             count += 1
     return count
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def progress_of(run_dir: Path):
@@ -130,6 +135,9 @@ def test_the_time_of_all_attempts_counts_and_that_of_people_beside_it(run, tmp_p
 
     with pytest.raises(Interrupted):
         run(Drawn(slow))
+    (row,) = lines_of(tmp_path / "run" / ".label.work" / "timing.jsonl")
+    assert row["time/rollout"] > 3 * 0.05, "of an attempt that ends while it samples"
+    assert row["tokens/rollout"] == 2 + 6
     with pytest.raises(WaitingForLabelsError):
         run(Drawn(lambda call: time.sleep(0.05)))
     with closing(LabelSession(tmp_path / "run" / STORE, create=False)) as session:
@@ -139,9 +147,18 @@ def test_the_time_of_all_attempts_counts_and_that_of_people_beside_it(run, tmp_p
         session.submit(who, task.id, Entry(((0,), (1,))), key="first", active_seconds=0.01)
     label_ready(tmp_path / "run")
     timing = run(Drawn(), outcome=True).timing
-    assert timing["time/rollout"] > 2 * 0.05, "of the attempt that waited"
-    assert timing["time/step"] > timing["time/rollout"] + 3 * 0.05, "and of the one that was interrupted"
+    assert timing["time/rollout"] > row["time/rollout"] + 2 * 0.05, "and of the attempt that waited"
+    assert timing["tokens/rollout"] == 2 * COUNT
+    assert timing["time/step"] > timing["time/rollout"]
     assert timing["time/people"] == pytest.approx(0.01, abs=0.005)
+
+
+def test_an_attempt_whose_time_cannot_be_written_ends_with_its_own_error(run, tmp_path, capsys):
+    (tmp_path / "run" / ".label.work" / "timing.jsonl").mkdir(parents=True)
+    with pytest.raises(WaitingForLabelsError):
+        run(Drawn())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "timing.jsonl (Is a directory): the time of this attempt is lost" in said
 
 
 def test_no_store_that_looks_complete_before_the_first_completions(run, tmp_path):
@@ -236,13 +253,21 @@ def test_a_selected_run_that_is_interrupted_goes_on_with_its_completions(run, tm
     assert generator.calls == [4, 8]
 
 
-def test_completions_of_all_prompts_do_not_pass_for_those_of_the_selected_ones(run, tmp_path):
+def test_a_selection_keeps_completions_of_all_prompts_and_takes_those_of_its_own(run, tmp_path, capsys):
     """As an attempt of an earlier version left them, which sampled before it selected."""
     with pytest.raises(WaitingForLabelsError):
         run(Drawn(), "earlier")
     shutil.rmtree(tmp_path / "earlier" / Path(STORE).parts[0])
+    samples = tmp_path / "earlier" / ".label.work" / "samples.jsonl"
+    content = samples.read_bytes()
+    generator = Drawn()
     with pytest.raises(WaitingForLabelsError):
-        run(Drawn(), "earlier", active_learning=SELECTED)
+        run(generator, "earlier", active_learning=SELECTED)
+    assert generator.calls == []
+    assert samples.read_bytes() == content
+    said = capsys.readouterr().err
+    assert "14 completions were sampled before" in said
+    assert "torn or damaged" not in said
     label_ready(tmp_path / "earlier")
     rows = run(Drawn(), "earlier", active_learning=SELECTED)
     assert [sorted(row["completions"]) for row in rows] == selected_of_all(run, tmp_path)
