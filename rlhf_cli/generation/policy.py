@@ -230,6 +230,7 @@ class Policy:
         *,
         temperature: float | None = None,
         stop: Callable[[], object] = lambda: None,
+        progress: Callable[[int], object] = lambda completions: None,
     ) -> list[TokenScores]:
         """Return the log-probability of each token of completions, stop token included, and the policy's entropy there.
 
@@ -238,6 +239,7 @@ class Policy:
             completions: N completions, of any policy with equal `reading`.
             temperature: logits are divided by it; None is the temperature of `sampling`.
             stop: called between batches; may raise.
+            progress: called with the number of completions just read.
         """
         heat = self.sampling.temperature if temperature is None else temperature
         with self.model() as model:
@@ -258,6 +260,7 @@ class Policy:
                 for row, logprobs, entropy in zip(rows, *both, strict=True):
                     length = len(completions[row].ids)
                     scores[row] = TokenScores(logprobs[:length], math.fsum(entropy[:length]))
+                progress(len(rows))
         return scores
 
 

@@ -26,7 +26,7 @@ def _parts(run: RunFiles) -> Iterator[str]:
             f"({_count(metrics.get('steps'), 'step')})"
         )
     if "train-rm" in run.manifests:
-        yield f"a reward model was trained on {_rankings(run)}"
+        yield f"a reward model was trained and measured on {_rankings(run)}"
     elif "label" in run.manifests:
         yield f"its labels are {_rankings(run)}"
     if "ppo" in run.manifests:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _SHORT = 5.0
 """Seconds of a stage that is not worth naming."""
+_LONG = 1_800.0
+"""Seconds of a run for which a shorter first one is offered."""
+_FIRST_RUN = {"sampling.max_new_tokens": 128, "ppo.steps": 5}
+"""What the settings of a shorter first run are lowered to."""
 
 
 def say_how_long(draft: Draft, path: Path) -> None:
@@ -39,11 +43,44 @@ def say_how_long(draft: Draft, path: Path) -> None:
         warn(f"how long it takes is not known: {reason_of(error)}; {command} tries again")
     else:
         say(f"\n{_time_line(plan, draft, command)}")
+        if (shorter := _shorter_run(plan, draft, path)) is not None:
+            say(shorter)
+
+
+def _shorter_run(plan: RunPlan, draft: Draft, path: Path) -> str | None:
+    """Settings of a shorter first run and the time that it takes; None if this one is short or cannot be shortened."""
+    from rlhf_cli.pipeline.plan import plan_run
+
+    seconds, recipe = _seconds(plan), load_recipe(path).recipe
+    whole = sum(seconds.values())
+    lower = {name: least for name, least in _FIRST_RUN.items() if (recipe.value(name) or 0) > least}
+    if whole < _LONG or not lower:
+        return None
+    settings = [f"{name}={least}" for name, least in lower.items()]
+    with muted():
+        short = plan_run(load_recipe(path, settings), plan.run_dir, Selection(), trial=False)
+    work = {stage.name: stage.workload for stage in short.stages if stage.workload is not None}
+    rates = {stage.name: stage.rates for stage in plan.stages if stage.rates is not None}
+    # The lengths of completions that the trial found are those with the higher limit; the maximum holds for any.
+    most = sum(sum(rates[name].seconds(work[name]).values()) for name in seconds if name in work)
+    if most > whole / 2:
+        return None
+    commands = [f"`rlhf run {word(path)}`"]
+    if draft.labels.source == "people":
+        commands.insert(0, f"`rlhf label {word(path)}`")
+    added = " ".join(f"--set {setting}" for setting in settings)
+    cut = ", with more completions cut off" if "sampling.max_new_tokens" in lower else ""
+    return f"A shorter first run takes {about(most)} at most{cut}: add `{added}` to {' and to '.join(commands)}"
+
+
+def _seconds(plan: RunPlan) -> dict[str, float]:
+    """Seconds of each stage whose time is known."""
+    return {stage.name: sum(stage.seconds.values()) for stage in plan.stages if stage.seconds is not None}
 
 
 def _time_line(plan: RunPlan, draft: Draft, command: str) -> str:
     """How long a run takes, by stage, in a line."""
-    known = {stage.name: sum(stage.seconds.values()) for stage in plan.stages if stage.seconds is not None}
+    known = _seconds(plan)
     unknown = [stage.name for stage in plan.stages if stage.seconds is None and stage.action != "cached"]
     if not known:
         return f"How long it takes is not known: {command} says why"

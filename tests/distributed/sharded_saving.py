@@ -39,6 +39,7 @@ from rlhf_cli.models.sharded_loading import open_policy
 from rlhf_cli.models.sharding import assign, is_divided, local, whole
 from rlhf_cli.models.verification import AdapterInMemory
 from rlhf_cli.models.weight_files import WeightFiles
+from rlhf_cli.progress import Task
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.critic import FullCritic
 from rlhf_cli.stages.ppo.critic_initialization import model_from_policy, sharded_from_policy
@@ -241,9 +242,9 @@ def attention(model: Path, folder: Path) -> dict[str, object]:
     patch, used = pytest.MonkeyPatch(), {"policy": [], "reward": []}
     logits, rewards = policy_saving.completion_logits, verification.probe_rewards
 
-    def of_policy(compared: PreTrainedModel, probe: list[Example]) -> list[Tensor]:
+    def of_policy(compared: PreTrainedModel, probe: list[Example], bar: Task) -> list[Tensor]:
         used["policy"].append(compared.config._attn_implementation)
-        return logits(compared, probe)
+        return logits(compared, probe, bar)
 
     def of_reward(compared: RewardModel, probe: list[tuple[str, str]]) -> list[float]:
         used["reward"].append(compared.model.config._attn_implementation)

@@ -298,9 +298,9 @@ def test_one_sentence_says_how_it_was_made(runs):
     run = runs.write()
     report = write_report([run], run / "report.html")
     said = (
-        "`org/base` was fine-tuned on 900 demonstrations (40 steps); a reward model was trained on 1,280 completions "
-        "of 320 prompts, ranked by the function `judge.py:score`; PPO trained the fine-tuned model for 40 steps "
-        "(640 completions) to raise the reward of the reward model."
+        "`org/base` was fine-tuned on 900 demonstrations (40 steps); a reward model was trained and measured on "
+        "1,280 completions of 320 prompts, ranked by the function `judge.py:score`; PPO trained the fine-tuned model "
+        "for 40 steps (640 completions) to raise the reward of the reward model."
     )
     assert list(report.page.made) == [said]
     assert json.loads(report.plain.read_text())["made"] == [said]

@@ -29,7 +29,7 @@ def test_the_end_says_how_long_the_run_takes(draft, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(
         plan,
         "plan_run",
-        lambda *_: RunPlan(
+        lambda *_, **__: RunPlan(
             tmp_path, [stage("label", 250), stage("train-rm", 1.0), stage("ppo", 7300), stage("evaluate", None)],
             "cpu", 1, 1, True,
         ),
@@ -43,6 +43,35 @@ def test_the_end_says_how_long_the_run_takes(draft, tmp_path, capsys, monkeypatc
         "The run takes about 2 h 06 min here: label 4 min, ppo 2 h 02 min; without `evaluate` and the time in which "
         "you rank"
     )
+
+
+def test_a_long_run_is_offered_with_settings_that_shorten_it(draft, tmp_path, capsys, monkeypatch):
+    """The time of the shorter run is that of its own work, at the speed that was measured."""
+    found = {}
+
+    def planned(loaded, run_dir, selection, *, trial=True):
+        found[trial] = (loaded.recipe.ppo.steps, loaded.recipe.value("sampling.max_new_tokens"))
+        ppo = stage("ppo", 7300 if trial else 1)
+        return RunPlan(tmp_path, [ppo if trial else replace(ppo, rates=None, workload=lighter)], "cpu", 1, 1, trial)
+
+    lighter = Workload(1, "prompts", (), loads=0.1)
+    monkeypatch.setattr(plan, "plan_run", planned)
+    made, path = draft("ppo.steps=40", "sampling.max_new_tokens=200"), tmp_path / "mine.yaml"
+    write_recipe(made, path, "rlhf start")
+    said(capsys)
+    say_how_long(made, path)
+    assert said(capsys).endswith(
+        "A shorter first run takes 12 min at most, with more completions cut off: add `--set "
+        f"sampling.max_new_tokens=128 --set ppo.steps=5` to `rlhf label {path}` and to `rlhf run {path}`"
+    )
+    assert found == {True: (40, 200), False: (5, 128)}
+
+    lighter = replace(lighter, loads=0.6)
+    say_how_long(made, path)
+    assert "shorter" not in said(capsys), "it saves little"
+    monkeypatch.setattr(plan, "plan_run", lambda *_: RunPlan(tmp_path, [stage("ppo", 600)], "cpu", 1, 1, True))
+    say_how_long(made, path)
+    assert "shorter" not in said(capsys), "the run is short"
 
 
 def test_a_trial_that_fails_or_is_skipped_recommends_the_plan(draft, tmp_path, capsys, monkeypatch):

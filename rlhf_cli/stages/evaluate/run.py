@@ -283,7 +283,7 @@ def _summary(metrics: dict[str, float], evaluation: Evaluation, settings: Evalua
     if "gold/policy_mean" in metrics:
         rows.append(("gold score", f"{metrics['gold/baseline_mean']:.2f} -> {metrics['gold/policy_mean']:.2f}"))
     if "reward/policy_mean" in metrics:
-        difference = f"{metrics['reward/difference']:+.2f} +- {metrics['reward/difference_se']:.2f}"
+        difference = f"{metrics['reward/difference']:+.2f}, standard error {metrics['reward/difference_se']:.2f}"
         rows.append(
             ("reward", f"{metrics['reward/baseline_mean']:.2f} -> {metrics['reward/policy_mean']:.2f} ({difference})")
         )

@@ -147,6 +147,7 @@ class Sampler:
         prompt_ids: Sequence[list[int]],
         given: Sequence[list[int]],
         *,
+        label: str,
         temperature: float | None = None,
     ) -> list[TokenScores]:
         """Return what a policy says of each token of completions; those of finished chunks are read from disk.
@@ -156,20 +157,34 @@ class Sampler:
             slot: name of the file in the work folder.
             prompt_ids: (N,) token ids of prompts.
             given: (N,) token ids of completions.
+            label: of the bar.
             temperature: see `Policy.token_scores`.
         """
         from rlhf_cli.generation.policy import TokenScores
 
-        stop = self.context.stop.check
+        stop, count = self.context.stop.check, self.processes.count
 
         def share(rows: list[int]) -> list[tuple[list[float], float]]:
             completions = [Completion(given[row], "", finished=True) for row in rows]
             prompts = [prompt_ids[row] for row in rows]
-            found = policy.token_scores(prompts, completions, temperature=temperature, stop=stop)
+            found = policy.token_scores(
+                prompts,
+                completions,
+                temperature=temperature,
+                stop=stop,
+                progress=lambda read: bar.advance(count * read),
+            )
             return [(one.logprobs, one.entropy) for one in found]
 
         file = ScoreFile(self.context.work / f"{slot}_scores.jsonl", self.processes)
-        with self.watch.phase("passes", "passes"):
+        if not (left := file.lacks(len(given))):
+            return [TokenScores(logprobs, entropy) for logprobs, entropy in file.fill(len(given), share, chunk=1)]
+        with policy.model():
+            pass  # loads the weights, which is not a pass
+        with (
+            task(label, len(given), "completions", done=len(given) - left) as bar,
+            self.watch.phase("passes", "passes"),
+        ):
             found = file.fill(len(given), partial(self.processes.map, work=share), chunk=8 * policy.sampling.batch_size)
         return [TokenScores(logprobs, entropy) for logprobs, entropy in found]
 
@@ -221,7 +236,8 @@ def measure(
             continue
         given = [completion.ids for completion in side.completions]
         slot = f"{_slot('policy', number)}_by_baseline"
-        other = sampler.scores(baseline[1], slot, _ids(sampler, side.policy), given)
+        label = f"{side.name} completions read by {baseline[0]}"
+        other = sampler.scores(baseline[1], slot, _ids(sampler, side.policy), given, label=label)
         ratios = [
             [own - base for own, base in zip(mine.logprobs, theirs.logprobs, strict=True)]
             for mine, theirs in zip(side.scores, other, strict=True)
@@ -256,13 +272,15 @@ def _measured(
         policy.release()
         return Side(name, policy, sampler.best(drawn, slot), [], best_of=best_of)
     completions = [completion for (completion,) in drawn]
-    scores = sampler.scores(policy, slot, _ids(sampler, policy), [completion.ids for completion in completions])
+    own = [completion.ids for completion in completions]
+    scores = sampler.scores(policy, slot, _ids(sampler, policy), own, label=f"{name} completions read by itself")
     examples = [tokenized(record, policy) for record in demonstrations]
     read = sampler.scores(
         policy,
         f"{slot}_demonstrations",
         [example.prompt_ids for example in examples],
         [example.completion_ids for example in examples],
+        label=f"demonstrations read by {name}",
         temperature=1.0,
     )
     tasks = sampler.tasks(policy, slot)

@@ -56,6 +56,11 @@ class ScoreFile:
             found.update(zip(rows, results, strict=True))
         return [found[row] for row in range(count)]
 
+    def lacks(self, count: int) -> int:
+        """Return how many of the rows below `count` are not stored; every process gets the same number."""
+        stored = {row for row, _ in self._stored()} if self._processes.is_main else set()
+        return self._processes.all_gather_object(len(set(range(count)) - stored))[0]
+
     def _stored(self) -> list[tuple[int, Any]]:
         """Return (row, result) of all whole lines, and cut off what is torn or damaged."""
         found: list[tuple[int, Any]] = []

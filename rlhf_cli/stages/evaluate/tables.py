@@ -60,8 +60,8 @@ def metrics_table(metrics: Mapping[str, float], names: Sequence[str]) -> Table:
     if "win_rate_length_controlled" in metrics:
         table.add_row("  at equal lengths", "", percent(metrics["win_rate_length_controlled"]))
     if "kl_nats" in metrics:
-        kl = f"{metrics['kl_nats']:z.1f} +- {metrics['kl_nats_se']:.1f}"
-        table.add_row("KL to baseline, nats per completion", "", kl)
+        table.add_row("KL to baseline, nats per completion", "", f"{metrics['kl_nats']:z.1f}")
+        table.add_row("  standard error", "", f"{metrics['kl_nats_se']:.1f}")
     return table
 
 
