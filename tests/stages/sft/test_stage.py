@@ -190,8 +190,16 @@ def test_the_command_survives_kill_9(tiny_llama: Path, tmp_path: Path, rlhf):
     assert "fine-tuning: resuming from step" in again.stderr
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (run_dir / "sft" / name).read_bytes() == (tmp_path / "straight" / "out" / name).read_bytes()
-    beginnings = ("sft", "tokenizing", "held-out loss", "fine-tuning", "attention: ", "the model is prompted")
-    beginnings += ("`throughput/mfu` is", "updates ", "checkpoints ", "evaluation ", "other ", "whole stage ")
+    beginnings = ("sft", "tokenizing", "held-out loss", "fine-tuning", "writing the policy", "the model is prompted")
+    beginnings += (
+        "attention: ",
+        "`throughput/mfu` is",
+        "updates ",
+        "checkpoints ",
+        "evaluation ",
+        "other ",
+        "whole stage ",
+    )
     said, table = again.stderr.split("\nstage  ")
     assert [line for line in said.splitlines() if line and not line.startswith(beginnings)] == []
     assert "one folder per stage" in table
