@@ -26,7 +26,7 @@ def test_the_recipe_is_one():
 def test_every_figure_of_the_table_is_in_the_report(endpoint, judged, report):
     judged([Candidates("why?", ("so", "so it is"), ((0,), (1,)))], panel=[{"url": endpoint.url, "name": "judge"}])
     said = json.dumps(report())
-    table = TEXT[TEXT.index("| figure in `judge.json`") : TEXT.index("What looks wrong")]
+    table = TEXT[TEXT.index("| figure in `judge.json`") : TEXT.index("Most of these also give a warning")]
     named = re.findall(r"`([a-z_.]+)`", " ".join(line.split("|")[1] for line in table.splitlines()[2:] if line))
     assert len(named) > 10
     for name in named:

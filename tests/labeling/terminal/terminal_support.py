@@ -83,6 +83,8 @@ class Screen:
             self.row, self.column = numbers[0] - 1, numbers[-1] - 1 if len(numbers) > 1 else 0
         elif letter == "G":
             self.column = numbers[0] - 1
+        elif letter == "A":
+            self.row = max(0, self.row - numbers[0])
         elif letter == "K":
             self.rows.pop(self.row, None)
         elif letter == "J":
