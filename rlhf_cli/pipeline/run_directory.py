@@ -33,6 +33,7 @@ from rlhf_cli.files import fsync_tree, lock, rename, replace_folder, write_whole
 from rlhf_cli.pipeline.manifest import FORMAT, DamagedArtifact, Identity, Manifest, check_format, read_manifest
 from rlhf_cli.stages.base import ENGINE_RECORD, KEPT, PRECISION_RECORD
 from rlhf_cli.stages.registry import REGISTRY
+from rlhf_cli.training.monitoring.timing_log import TIMING
 
 _LOCK_TRIES, _LOCK_PAUSE = 3, 0.05
 _LAST_IDENTITY = "identity.json"
@@ -282,7 +283,7 @@ def _sha256(identity: Identity) -> str:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether a work folder contains anything to resume from, at any depth."""
-    decisions = (PRECISION_RECORD, ENGINE_RECORD)
+    """Whether a work folder contains anything to resume from, at any depth; decisions and times alone are not."""
+    records = (PRECISION_RECORD, ENGINE_RECORD, TIMING)
     # Unlike `rglob`, `walk` passes over a folder that another process removes meanwhile.
-    return any(name not in decisions for _, _, names in os.walk(folder) for name in names)
+    return any(name not in records for _, _, names in os.walk(folder) for name in names)

@@ -215,9 +215,11 @@ evaluate: {{prompts: other.jsonl, judge_function: "gold.py:score"}}
 
 def test_a_recipe_that_contradicts_the_model_is_refused_or_named(commands: Commands):
     model = ("--by", "function", "--model", commands.artifact("after-sft", "ppo"), *DATA)
-    other = {"data.prompt_template": '"> {prompt}"'}
+    # A refused stage leaves nothing to resume, whatever it decided and measured before.
+    precision = {"model.precision": "auto"}
+    other = {"data.prompt_template": '"> {prompt}"'} | precision
     assert "was trained with prompts as" in commands.run("label", "x", *model, code=2, **other)
-    named = commands.run("label", "x", *model, **{"label.sampling.temperature": "1.5"})
+    named = commands.run("label", "x", *model, **{"label.sampling.temperature": "1.5"} | precision)
     assert "label samples with other settings than the training of" in named
     assert "temperature 1.5 (training: 0.8)" in named
     dropped = commands.run("label", "y", *model, **{"sampling.stop_tokens": "[]"})

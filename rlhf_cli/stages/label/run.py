@@ -82,12 +82,7 @@ class _Attempt:
         self._work, self._began = work, time.monotonic()
 
     def keep(self) -> None:
-        """Write the times for the next attempt. Where that fails, it is a warning: the attempt has its own error.
-
-        Nothing is written into an empty folder: what was refused before it saved anything is not unfinished work.
-        """
-        if not any(self._work.iterdir()):
-            return
+        """Write the times for the next attempt. Where that fails, it is a warning: the attempt has its own error."""
         try:
             append_attempt(self._work, self._row())
         except OSError as error:
