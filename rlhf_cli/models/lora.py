@@ -151,31 +151,34 @@ def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | 
     Raises:
         ModelError: the model does not carry the adapter, or its weights are quantized.
     """
-    base = backbone(model)
-    layers = adapter_layers(model)
-    if not any(name in layer.lora_A for _, layer in layers):
+    if not adapter_layers(model, name):
         raise ModelError(f"cannot merge: the model has no adapter `{name}`")
     if quantized(model) != "none":
         raise ModelError(
             "cannot merge into quantized weights, which are rounded",
             hint="merge into the weights on disk, as `rlhf_cli.generation.policy_saving` does",
         )
-    with torch.no_grad():
-        for key, layer in layers:
-            plain = layer.get_base_layer()
-            if name in layer.lora_A:
-                weight = getattr(plain, layer.parameter_name if isinstance(layer, ParamWrapper) else "weight")
-                weight.data = weight.data.float()
-                weight.data += layer.get_delta_weight(name).float()  # type: ignore[operator]
-            if not key.endswith(WRAPPED):
-                parent, _, leaf = key.rpartition(".")
-                setattr(base.get_submodule(parent), leaf, plain)
-        for module in base.modules():
-            join(module)
-    if hasattr(base, "peft_config"):
-        del base.peft_config
+    merge_layers(backbone(model), name)
     if dtype is not None:
         cast_weights(model, dtype)
+
+
+@torch.no_grad()
+def merge_layers(part: nn.Module, name: str = "default") -> None:
+    """Merge an adapter into the weights of a backbone or a block of one, which may lack it; see `merge_lora`."""
+    for key, layer in adapter_layers(part):
+        plain = layer.get_base_layer()
+        if name in layer.lora_A:
+            weight = getattr(plain, layer.parameter_name if isinstance(layer, ParamWrapper) else "weight")
+            weight.data = weight.data.float()
+            weight.data += layer.get_delta_weight(name).float()  # type: ignore[operator]
+        if not key.endswith(WRAPPED):
+            parent, _, leaf = key.rpartition(".")
+            setattr(part.get_submodule(parent), leaf, plain)
+    for module in part.modules():
+        join(module)
+    if hasattr(part, "peft_config"):
+        del part.peft_config
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

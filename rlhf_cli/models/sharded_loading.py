@@ -22,6 +22,7 @@ from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.checkpoint import Checkpoint
 from rlhf_cli.models.converted_weights import AnyWeight, NotShardedError, weights_by_name
 from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.lora import merge_layers
 from rlhf_cli.models.low_rank import low_rank_update
 from rlhf_cli.models.merged_weights import plain_name, separated_layers
 from rlhf_cli.models.peft_folder import find_peft_folder
@@ -61,12 +62,13 @@ class UnreadModel:
     stored: Mapping[str, AnyWeight]
 
     @torch.no_grad()
-    def read(self, *, rounds: bool = False) -> PreTrainedModel:
+    def read(self, *, rounds: bool = False, merges: bool = False) -> PreTrainedModel:
         """Read the weights and divide them among the processes; returns the model in evaluation mode on its device.
 
         Args:
             rounds: weights are gathered in the precision of matrix products: float32 ones that are trained, and those
                 of their reference.
+            merges: merge the adapter of the model, block by block before it is divided, and remove it.
 
         Raises:
             ModelError: one of the processes cannot read a weight, for which all of them end; or see `set_attention`.
@@ -80,15 +82,15 @@ class UnreadModel:
             gathered_dtype=source.precision if is_lower else None,
             size=source.sharding_size,
             offloads=source.sharding_cpu_offload,
-            before=lambda module, prefix: agreed(partial(self._fill, module, prefix), processes),
+            before=lambda module, prefix: agreed(partial(self._fill, module, prefix, merges), processes),
         )
         pin_rotary_frequencies(model, source.path)
         if is_our_attention(source.attention):
             computing(model, lambda: set_attention(model, source.attention, source.path))
         return model
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Read the weights of a module that are not divided yet."""
+    def _fill(self, module: nn.Module, prefix: str, merges: bool) -> None:
+        """Read the weights of a module that are not divided yet, and merge its adapter if `merges`."""
         separated = separated_layers(module)
         for name, weight in module.named_parameters():
             beat()
@@ -102,6 +104,8 @@ class UnreadModel:
         for name, buffer in module.named_buffers():
             if (stored := self.stored.get(plain_name(prefix + name))) is not None:
                 buffer.copy_(stored[...])
+        if merges:
+            merge_layers(module)
 
 
 def open_model(

@@ -23,22 +23,10 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
         setting = f"{name.replace('-', '_')}.optimizer"
         if (optimizer := recipe.value(setting)) not in ("adamw", None):
             found.append(f"{setting}: {optimizer}")
-    if "ppo" in stages and recipe.value("ppo") is not None:
-        found += _unsupported_by_ppo(recipe)
+    if "ppo" in stages and recipe.value("ppo.offload_frozen"):
+        found.append("ppo.offload_frozen: True")
     if found:
         raise UsageError(f"`model.sharding: fsdp` does not support `{found[0]}`", hint=f"change it, or {_WHOLE}")
-
-
-def _unsupported_by_ppo(recipe: RunSettings) -> list[str]:
-    """Return settings of PPO that sharded models do not support."""
-    critic, start = recipe.value("ppo.critic"), recipe.value("ppo.critic_from")
-    found = [f"ppo.offload_frozen: {recipe.value('ppo.offload_frozen')}"] if recipe.value("ppo.offload_frozen") else []
-    is_separate = critic != "head" and (critic == "separate" or recipe.value("ppo.adapter") == "none")
-    if is_separate and start != "policy":
-        found.append(
-            f"ppo.critic_from: {start}` with a critic that is a model of its own; set `ppo.critic_from: policy"
-        )
-    return found
 
 
 def sharding_size(model: ModelSettings) -> int | None:

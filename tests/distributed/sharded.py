@@ -2,7 +2,9 @@
 
 `sharded.py FOLDER CASE...` writes `FOLDER/CASE.json` with the largest difference of a trained weight. A case is
 STAGE-FAMILY-ADAPTER or STAGE-FAMILY-ADAPTER-VARIANT: `clipped` limits the norm of some gradients, `bfloat16` is the
-precision of products, `shared` has a reward model that is an adapter on the policy's backbone.
+precision of products, `shared` has a reward model that is an adapter on the policy's backbone. With `adapter` and
+`classifier`, a critic of its own starts from such a reward model; with `criticadapter` and `criticfull`, from such a
+saved critic.
 """
 
 from __future__ import annotations

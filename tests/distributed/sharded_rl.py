@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.adapter_layers import adapter_parameters
-from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.models.reward_model.files import save_reward_model
 from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.models.reward_model.model import RewardModel
@@ -23,10 +24,11 @@ from rlhf_cli.models.reward_model.sharded import new_sharded_reward_model
 from rlhf_cli.models.sharding import is_divided, whole
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo.critic_initialization import model_from_policy
 from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
-from rlhf_cli.stages.ppo.models import PPOModels
+from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOTrainer
@@ -74,18 +76,55 @@ def reward_model(model: Path, adapter: str, variant: str, folder: Path) -> dict[
     }
 
 
-def save_reward_adapter(model: Path, folder: Path) -> str:
-    """Write a reward model that is an adapter on a model, neither of which is 0; returns its path."""
+def save_reward(model: Path, folder: Path, lora: LoraSettings | None) -> str:
+    """Write a reward model with random weights: an adapter on a model, or a classifier; returns its path."""
     if is_main():
         folder.mkdir(parents=True)
-        scorer = new_reward_model(ModelSource(str(model)), template=None, lora=LoraSettings(rank=2), seed=4)
+        scorer = new_reward_model(ModelSource(str(model)), template=None, lora=lora, seed=4)
+        scorer.mean, scorer.std = 0.2, 1.5
         torch.manual_seed(4)
         with torch.no_grad():
-            for weight in adapter_parameters(scorer.model):
+            scorer.bias.fill_(0.1)
+            for weight in scorer.model.parameters() if lora is None else adapter_parameters(scorer.model):
                 weight.normal_(std=0.1)
         save_reward_model(scorer, folder)
     ProcessGroup().barrier()
     return str(folder)
+
+
+def save_critic(model: Path, folder: Path, kind: str) -> str:
+    """Write a critic with random weights, an adapter on a model or a whole one; returns its path."""
+    if is_main():
+        source = ModelSource(str(model))
+        torch.manual_seed(5)
+        if kind == "adapter":
+            models = SharedBackbone(load_policy(source), LoraSettings(rank=2), source=source)
+            randomize(models.critic)
+            models.save_critic(folder)
+        else:
+            critic = model_from_policy(source)
+            randomize(critic.active_model)
+            critic.save(folder)
+        load_tokenizer(source).save_pretrained(folder)
+    ProcessGroup().barrier()
+    return str(folder)
+
+
+@torch.no_grad()
+def randomize(use: Callable[[], AbstractContextManager[torch.nn.Module]]) -> None:
+    with use() as model:
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+
+
+def inputs_of(variant: str, model: Path, folder: Path) -> tuple[str, str | None]:
+    """Return `critic_from` and the path of the reward model for a variant of the cases of PPO."""
+    if variant.startswith("critic"):
+        return save_critic(model, folder / "critic", variant.removeprefix("critic")), None
+    if not variant:
+        return "policy", None
+    path = save_reward(model, folder / "reward", None if variant == "classifier" else LoraSettings(rank=2))
+    return "auto" if variant == "shared" else "reward-model", path
 
 
 def weights_of(models: PPOModels) -> list[Tensor]:
@@ -99,14 +138,14 @@ def weights_of(models: PPOModels) -> list[Tensor]:
 
 def ppo(model: Path, adapter: str, variant: str, folder: Path) -> dict[str, object]:
     """Five steps of three prompts, one per pass; evaluated on one prompt, fewer than processes."""
+    critic_from, reward_path = inputs_of(variant, model, folder)
     settings = PPOSettings(
-        adapter=adapter, critic_from="auto" if variant == "shared" else "policy", steps=5, prompts_per_step=3, epochs=2,
+        adapter=adapter, critic_from=critic_from, steps=5, prompts_per_step=3, epochs=2,
         micro_batch_size=1, rollout_batch_size=2, max_new_tokens=6, learning_rate=1e-3, schedule="constant",
         ratio_limit=1e6, checkpoint_steps=5, eval_steps=5, eval_prompts=1, gradient_checkpointing=adapter == "none",
         **({"lora": {"rank": 3}} if adapter == "lora" else {}),
     )  # fmt: skip
     source = ModelSource(str(model))
-    reward_path = save_reward_adapter(model, folder / "reward") if variant == "shared" else None
     moved: list[float] = []
     divided: list[bool] = []
 
@@ -132,7 +171,7 @@ def ppo(model: Path, adapter: str, variant: str, folder: Path) -> dict[str, obje
 
         def modelled(prompts: list[str], texts: list[str], columns: object) -> Scores:
             assert handle is not None
-            assert handle.is_shared
+            assert handle.is_shared is (variant == "shared")
             return Scores(handle.score(prompts, texts), {})
 
         reward = vowels if handle is None else modelled

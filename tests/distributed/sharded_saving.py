@@ -42,7 +42,7 @@ from rlhf_cli.models.weight_files import WeightFiles
 from rlhf_cli.progress import Task
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.critic import FullCritic
-from rlhf_cli.stages.ppo.critic_initialization import model_from_policy, sharded_from_policy
+from rlhf_cli.stages.ppo.critic_initialization import model_from_policy
 from rlhf_cli.stages.ppo.model_saving import sample_probe
 from rlhf_cli.stages.ppo.models import SharedBackbone
 
@@ -90,7 +90,7 @@ def policy(model: Path, adapter: str, precision: str, folder: Path, *, is_sharde
 def critic(model: Path, adapter: str, precision: str, folder: Path, *, is_sharded: bool) -> float:
     source = source_of(model, precision)
     if adapter == "none":
-        made: FullCritic = sharded_from_policy(source) if is_sharded else model_from_policy(source)
+        made: FullCritic = model_from_policy(source, is_sharded=is_sharded)
         change(made._model)
         made.save(folder)
         return 0.0

@@ -36,6 +36,11 @@ CASES = {
         "ppo-llama-lora-shared",
         "ppo-qwen3-lora",
         "ppo-t5-none",
+        "ppo-llama-none-adapter",
+        "ppo-qwen3-none-classifier",
+        "ppo-llama-none-criticadapter",
+        "ppo-gemma3_text-none-criticfull",
+        "ppo-qwen3_moe-none-adapter",
     ),
     4: (
         "sft-gemma3_text-none",
@@ -193,7 +198,6 @@ def recipe(**more: dict) -> Recipe:
     [
         ({"sft": {"optimizer": "adamw-8bit"}}, "sft", "does not support `sft.optimizer: adamw-8bit`"),
         ({"train_rm": {"data": "x.jsonl", "optimizer": "adamw-8bit"}}, "train-rm", "`train_rm.optimizer: adamw-8bit`"),
-        ({"ppo": {"adapter": "none"}}, "ppo", "set `ppo.critic_from: policy`"),
         ({"ppo": {"offload_frozen": True}}, "ppo", "does not support `ppo.offload_frozen: True`"),
     ],
 )

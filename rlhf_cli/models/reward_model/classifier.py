@@ -103,6 +103,23 @@ def open_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) ->
     return Classifier(unread.model, plan.is_encoder, plan.has_head, plan.bias), unread
 
 
+def read_head(source: ModelSource) -> tuple[Tensor, Tensor]:
+    """Read the reward head of a classifier and nothing else of it: weight (1, d) and bias (1,), in float32.
+
+    Raises:
+        ModelError: see `load_classifier`; also if there is no stored head.
+    """
+    plan = _plan(source)
+    own = _own_head(empty_model(plan.kind, source, plan.config), source.path)
+    weight, bias = f"{own.name}.weight", f"{own.name}.bias"
+    if weight not in plan.checkpoint.shapes:
+        raise ModelError(
+            f"`{source.path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
+        )
+    stored_bias = plan.checkpoint.read(bias) if own.has_bias else plan.bias
+    return plan.checkpoint.read(weight), torch.zeros(1) if stored_bias is None else stored_bias
+
+
 def check_classifier(source: ModelSource) -> bool:
     """Check that a reward model, or the model to train one from, can be loaded; no weight is read.
 

@@ -19,7 +19,7 @@ from rlhf_cli.models.adapter_files import check_targets, read_adapter_config, sa
 from rlhf_cli.models.adapter_layers import adapter_state
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
-from rlhf_cli.models.reward_model.classifier import head_parameters
+from rlhf_cli.models.reward_model.classifier import head_parameters, read_head
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
 from rlhf_cli.models.sharding import whole
 from rlhf_cli.models.stored_weights import ADAPTER, read_header, read_stored_weights
@@ -253,15 +253,24 @@ def head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:
     return {"weight": weight.detach().float().cpu().contiguous(), "bias": bias.detach().float().cpu().contiguous()}
 
 
-def load_reward_head(folder: Path, config: RewardModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load a decoder adapter's head in the scale of normalized rewards, ((w h + b) - mean) / std.
+def load_reward_head(source: ModelSource, config: RewardModelConfig | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load a decoder's head in the scale of normalized rewards, ((w h + b) - mean) / std.
+
+    Args:
+        source: of the reward model.
+        config: its config; None for a classifier of other origin.
 
     Returns:
         Weight (1, d) and bias (1,).
 
     Raises:
-        ModelError: the file cannot be read.
+        ModelError: the file cannot be read, or a classifier has no head.
     """
+    if config is None or not config.adapter:
+        mean, std = (0.0, 1.0) if config is None else (config.mean, config.std)
+        weight, bias = read_head(source)
+        return weight / std, (bias - mean) / std
+    folder = source.folder
     try:
         head = load_file(folder / HEAD_FILE)
         return head["weight"].float() / config.std, (head["bias"].float() - config.mean) / config.std

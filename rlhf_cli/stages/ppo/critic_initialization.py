@@ -22,8 +22,7 @@ from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.loading import load_reward_model
-from rlhf_cli.models.reward_model.model import RewardModel
-from rlhf_cli.models.sharded_loading import open_model
+from rlhf_cli.models.sharded_loading import NotShardedError, open_model
 from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
 from rlhf_cli.stages.ppo.critic_files import CriticConfig, Head, load_value_head, read_critic_config
@@ -65,8 +64,8 @@ def adapter_from_reward(source: ModelSource, reward_path: str | None) -> Adapter
         raise DoesNotFit("there is no reward model")
     if (config := shared_reward_config(source, reward_path)) is None:
         raise DoesNotFit(f"`{reward_path}` is not an adapter on `{source.path}`, which the policy starts from")
-    folder = source.at(reward_path).folder
-    return AdapterStart(folder / ADAPTER_FOLDER, load_reward_head(folder, config))
+    given = source.at(reward_path)
+    return AdapterStart(given.folder / ADAPTER_FOLDER, load_reward_head(given, config))
 
 
 def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
@@ -113,23 +112,19 @@ def _refuse_head(config: CriticConfig, folder: Path) -> None:
         )
 
 
-def model_from_policy(source: ModelSource) -> FullCritic:
+def model_from_policy(source: ModelSource, *, is_sharded: bool = False) -> FullCritic:
     """Start from a copy of the policy's backbone, under a head that predicts 0."""
-    return FullCritic(_load_backbone(source))
-
-
-def sharded_from_policy(source: ModelSource) -> FullCritic:
-    """Start from the critic of `model_from_policy`, whose weights are divided among the processes; all call this."""
-    source = source.in_full()
-    unread = open_model(AutoModel, source, load_config(source))
-    critic = FullCritic(unread.model)
-    unread.read(rounds=True)
-    critic.value_head.to(source.device)
-    return critic
+    return FullCritic(_load_backbone(source, is_sharded=is_sharded))
 
 
 def model_from_reward(
-    source: ModelSource, policy: PreTrainedModel, reward_path: str | None, *, template: str | None, longest: int
+    source: ModelSource,
+    policy: PreTrainedModel,
+    reward_path: str | None,
+    *,
+    template: str | None,
+    longest: int,
+    is_sharded: bool = False,
 ) -> FullCritic:
     """Start from the reward model's backbone, its adapter merged, under its head in the normalized scale.
 
@@ -139,6 +134,7 @@ def model_from_reward(
         reward_path: folder or hub id of the reward model, or None.
         template: prompt template, see `load_reward_model`.
         longest: maximum tokens of a prompt with its completion.
+        is_sharded: divide the weights among the processes; all call this then.
 
     Raises:
         DoesNotFit: there is no reward model, or it cannot read what the policy reads.
@@ -153,15 +149,41 @@ def model_from_reward(
     if check_reward_config(load_config(base), base.path):
         raise DoesNotFit(f"`{reward_path}` is an encoder, which reads a completion as a whole, not token by token")
     _check_tokens(source, given, f"`{reward_path}`")
-    reward_model = load_reward_model(given, template=template)
+    read = _read_sharded(given, base, config) if is_sharded else _read_whole(given, template)
+    _check_reading(policy, read[0], f"`{reward_path}`", longest)
+    return FullCritic(*read)
+
+
+def _read_whole(source: ModelSource, template: str | None) -> tuple[PreTrainedModel, Head]:
+    """Return a reward model's backbone and its head in the normalized scale, ((w h + b) - mean) / std."""
+    reward_model = load_reward_model(source, template=template)
     if reward_model.is_adapter:
         merge_lora(reward_model.model)
-    _check_reading(policy, reward_model.backbone, f"`{reward_path}`", longest)
-    return FullCritic(reward_model.backbone, _normalized(reward_model))
+    head = reward_model.head
+    with torch.no_grad():
+        bias: Tensor = reward_model.bias if head.bias is None else reward_model.bias + head.bias
+        weight, bias = head.weight.float(), (bias.float() - reward_model.mean) / reward_model.std
+    return reward_model.backbone, (weight / reward_model.std, bias)
 
 
-def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path, *, longest: int) -> FullCritic:
-    """Start from a saved critic, an adapter or a whole model, as a separate model.
+def _read_sharded(
+    source: ModelSource, base: ModelSource, config: RewardModelConfig | None
+) -> tuple[PreTrainedModel, Head]:
+    """Return what `_read_whole` returns, with the backbone divided among the processes.
+
+    The classifier is not made: its head would be divided with the backbone.
+    """
+    adapter = None
+    if config is not None and config.adapter:
+        config.check_base(source.folder)
+        adapter = source.folder / ADAPTER_FOLDER
+    return _load_backbone(base, adapter, is_sharded=True), load_reward_head(source, config)
+
+
+def model_from_folder(
+    source: ModelSource, policy: PreTrainedModel, folder: Path, *, longest: int, is_sharded: bool = False
+) -> FullCritic:
+    """Start from a saved critic, an adapter or a whole model, as a separate model; see `model_from_reward`.
 
     Raises:
         ModelError: the folder holds no usable critic.
@@ -174,20 +196,42 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
         if (base := config.base_path(folder)) is None:
             raise ModelError(f"the critic in {folder} is an adapter, but its critic.json names no base model")
         config.check_base(folder)
-        model = _load_backbone(replace(given.at(base), revision=config.base_revision))
-        load_adapter(model, folder)
-        merge_lora(model)
+        on = replace(given.at(base), revision=config.base_revision)
+        model = _load_backbone(on, folder, is_sharded=is_sharded)
     else:
-        model = _load_backbone(given)
+        model = _load_backbone(given, is_sharded=is_sharded)
     _check_tokens(source, given, f"the critic in {folder}")
     _check_reading(policy, model, f"the critic in {folder}", longest)
     return FullCritic(model, load_value_head(folder))
 
 
-def _load_backbone(source: ModelSource) -> PreTrainedModel:
-    """Load a model without its head, in float32."""
+def _load_backbone(source: ModelSource, adapter: Path | None = None, *, is_sharded: bool) -> PreTrainedModel:
+    """Load a model without its head, to train all of its weights in float32.
+
+    Args:
+        source: of the model.
+        adapter: folder of an adapter to merge, or None.
+        is_sharded: divide the weights among the processes; all call this then.
+
+    Raises:
+        ModelError: a file is missing or damaged, or a process cannot read it.
+        DoesNotFit: the model cannot be sharded.
+    """
     source = source.in_full()
-    return load_weights(AutoModel, source, load_config(source))
+    if not is_sharded:
+        model = load_weights(AutoModel, source, load_config(source))
+        if adapter is not None:
+            load_adapter(model, adapter)
+            merge_lora(model)
+        return model
+    try:
+        unread = open_model(AutoModel, source, load_config(source))
+    except NotShardedError as error:
+        raise DoesNotFit(error.message) from error
+    if adapter is not None:
+        load_adapter(unread.model, adapter)
+    unread.model.requires_grad_(True)  # which weights are trained must not change after they are divided
+    return unread.read(rounds=True, merges=adapter is not None)
 
 
 def _check_tokens(source: ModelSource, other: ModelSource, name: str) -> None:
@@ -209,11 +253,3 @@ def _check_reading(policy: PreTrainedModel, critic: PreTrainedModel, name: str, 
         )
     if reads_groups(policy) and not reads_groups(critic):
         raise DoesNotFit(f"{name} does not support the attention backend with which the policy reads its batches")
-
-
-def _normalized(reward_model: RewardModel) -> Head:
-    """Return weight and bias of the head in the scale of normalized rewards, ((w h + b) - mean) / std."""
-    head = reward_model.head
-    with torch.no_grad():
-        bias: Tensor = reward_model.bias if head.bias is None else reward_model.bias + head.bias
-        return head.weight.float() / reward_model.std, (bias.float() - reward_model.mean) / reward_model.std

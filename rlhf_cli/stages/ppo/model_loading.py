@@ -213,18 +213,21 @@ def _critic(
             if is_adapter:
                 critic = critic_start.adapter_from_reward(source, reward_path)
             else:
-                critic = critic_start.model_from_reward(source, policy, reward_path, template=template, longest=longest)
+                critic = critic_start.model_from_reward(
+                    source, policy, reward_path, template=template, longest=longest, is_sharded=is_sharded
+                )
             return critic, "the critic starts from the reward model"
         except DoesNotFit as reason:
             if start == "reward-model":
                 raise _cannot_start(reason, settings) from reason
             fallback_reason = f": {reason}" if reward_path is not None else ""
     elif start != "policy":
-        return _saved_critic(source, policy, settings, longest), f"the critic starts from {start}"
+        saved = _saved_critic(source, policy, settings, longest, is_sharded=is_sharded)
+        return saved, f"the critic starts from {start}"
     note = f"the critic starts from the policy and predicts 0{fallback_reason}"
     if is_adapter:
         return AdapterStart(), note
-    return (critic_start.sharded_from_policy if is_sharded else critic_start.model_from_policy)(source), note
+    return critic_start.model_from_policy(source, is_sharded=is_sharded), note
 
 
 def _cannot_start(reason: DoesNotFit, settings: PPOSettings) -> ModelError:
@@ -235,13 +238,13 @@ def _cannot_start(reason: DoesNotFit, settings: PPOSettings) -> ModelError:
 
 
 def _saved_critic(
-    source: ModelSource, policy: PreTrainedModel, settings: PPOSettings, longest: int
+    source: ModelSource, policy: PreTrainedModel, settings: PPOSettings, longest: int, *, is_sharded: bool
 ) -> AdapterStart | FullCritic:
     folder = Path(settings.critic_from)
     if settings.critic_is_adapter:
         return critic_start.adapter_from_folder(source, folder)
     try:
-        return critic_start.model_from_folder(source, policy, folder, longest=longest)
+        return critic_start.model_from_folder(source, policy, folder, longest=longest, is_sharded=is_sharded)
     except DoesNotFit as reason:
         raise ModelError(
             f"the critic cannot start from {folder}: {reason}", hint="`--set ppo.critic_from=policy`"
