@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from rlhf_cli.attention.layout import Layout
+from rlhf_cli.cache_names import cache_argument
 
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -198,8 +199,8 @@ def _by_token(model: PreTrainedModel, sequences: ProbeSequences, new_cache: Call
                 input_ids=ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=past,
                 use_cache=True,
+                **cache_argument(past),
             )
         )
     return _without_padding(torch.cat(rows, dim=1), mask)
@@ -218,8 +219,8 @@ def _cached_decoder(model: PreTrainedModel, sequences: ProbeSequences) -> list[T
             encoder_outputs=encoded,
             attention_mask=source_mask,
             decoder_input_ids=ids[:, column : column + 1],
-            past_key_values=past,
             use_cache=True,
+            **cache_argument(past),
         )
         for column in range(ids.shape[1])
     ]

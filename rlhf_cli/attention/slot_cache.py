@@ -45,7 +45,7 @@ class Packed(NamedTuple):
 class SlotCache(Cache):
     """Keys and values of at most `slots` rows; see the module's docstring.
 
-    Pass it to a model as `past_key_values`, and as `attention_layout` too in a step.
+    Pass it to a model as its cache, and as `attention_layout` too in a step.
 
     Args:
         slots: most rows at a time.

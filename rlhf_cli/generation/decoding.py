@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from rlhf_cli.cache_names import cache_name, cache_of
 from rlhf_cli.errors import ModelError, is_raised_here
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -137,8 +138,7 @@ class BatchDecoding:
         self._count = 0  # rows of the batch
         self._head: Projection | None = None
         self._accepts = inspect.signature(self._decoder.forward).parameters
-        # State-space models without attention have a name of their own for it.
-        self._cache_name = "cache_params" if "cache_params" in self._accepts else "past_key_values"
+        self._cache_name = cache_name(self._decoder.forward)
         # Prompts of a recurrent model have equal lengths. Some such models cannot read a mask longer than their input.
         self._has_mask = not is_recurrent(model)
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -202,7 +202,7 @@ class BatchDecoding:
                 positions = (self._mask.cumsum(dim=-1) - 1).clamp_(min=0)
                 arguments["position_ids"] = positions[:, -ids.shape[1] :]
         output = self._decoder(input_ids=ids, **arguments)
-        self._cache = output.get(self._cache_name)
+        self._cache = cache_of(output)
         if not isinstance(self._cache, Cache):
             raise ModelError("it keeps its state in a cache of its own type, from which no completion can be removed")
         hidden = output.last_hidden_state[:, -1]  # the last position is enough: B x L x V is never built

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf_cli.attention.hugging_face import has_mask_only_windows, is_built_in
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.attention.slot_cache import Packed, SlotCache
+from rlhf_cli.cache_names import cache_name
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import decoder_of, text_config
 from rlhf_cli.precision import matmul_dtype
@@ -57,6 +58,7 @@ class SlotDecoding:
         self._model, self._decoder = model, decoder_of(model)
         self._size = min(size, len(prompts))
         self._cache = SlotCache(self._size, model.device)
+        self._cache_name = cache_name(self._decoder.forward)
         self._waiting = deque(map(tuple, prompts))
         self._unread = deque(dict.fromkeys(self._waiting))
         self._read: dict[tuple[int, ...], _Read] = {}
@@ -110,9 +112,9 @@ class SlotDecoding:
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._no_mask,
-            past_key_values=self._cache,
             use_cache=True,
             attention_layout=layout,
+            **{self._cache_name: self._cache},
         ).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_cli.cache_names import takes_cache
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.feed_forward import make_feed_forward
 from rlhf_cli.transformer.multi_head import MultiHeadAttention
@@ -57,6 +58,7 @@ class Block(GradientCheckpointingLayer):
         self.feed_forward = make_feed_forward(config)
         self.feed_forward_norm = make_norm(config)
 
+    @takes_cache
     def forward(
         self,
         x: Tensor,
@@ -65,7 +67,7 @@ class Block(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         angles: Rotation | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Transform hidden states.
@@ -76,7 +78,7 @@ class Block(GradientCheckpointingLayer):
             attention_mask: mask of self-attention.
             memory_mask: mask of cross-attention.
             angles: rotary positions.
-            past_key_values: cache.
+            cache: of keys and values.
             kwargs: arguments for the backend of self-attention.
 
         Returns:
@@ -84,13 +86,11 @@ class Block(GradientCheckpointingLayer):
         """
 
         def attend(x: Tensor) -> Tensor:
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            return self.self_attention(
-                x, attention_mask=attention_mask, angles=angles, past_key_values=cache, **kwargs
-            )[0]
+            own = getattr(cache, "self_attention_cache", cache)
+            return self.self_attention(x, attention_mask=attention_mask, angles=angles, cache=own, **kwargs)[0]
 
         def attend_to_memory(x: Tensor) -> Tensor:
-            return self.cross_attention(x, memory, attention_mask=memory_mask, past_key_values=past_key_values)[0]
+            return self.cross_attention(x, memory, attention_mask=memory_mask, cache=cache)[0]
 
         x = residual(x, attend, self.self_attention_norm, self.placement)
         if self.has_cross:

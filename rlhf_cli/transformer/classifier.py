@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from rlhf_cli.cache_names import cache_argument, cache_of, takes_cache
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.heads import Headed
 
@@ -24,13 +25,14 @@ class TransformerForSequenceClassification(Headed):
         self.score = nn.Linear(config.hidden_size, config.num_labels or 1, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -43,7 +45,7 @@ class TransformerForSequenceClassification(Headed):
             attention_mask: (B, T), padding on either side. Without one, attention sees all tokens, and the score is
                 read from tokens other than `pad_token_id`, if the configuration has one, as in transformers.
             position_ids: (B, T).
-            past_key_values: cache.
+            cache: of keys and values.
             inputs_embeds: (B, T, d).
             labels: (B,).
             use_cache: return a cache.
@@ -53,7 +55,7 @@ class TransformerForSequenceClassification(Headed):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -65,7 +67,7 @@ class TransformerForSequenceClassification(Headed):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled,
-            past_key_values=output.past_key_values,
+            **cache_argument(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
+from rlhf_cli.cache_names import CACHE
+
 Architecture = Literal["decoder", "encoder", "encoder-decoder"]
 Positions = Literal["sinusoidal", "learned", "rotary"]
 Norm = Literal["layer", "rms"]
@@ -60,7 +62,7 @@ class TransformerConfig(PretrainedConfig):
     """
 
     model_type = "rlhf-transformer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' name and type)
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  (transformers' name and type)
 
     architecture: str = "decoder"
     positions: str = "rotary"

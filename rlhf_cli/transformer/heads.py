@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from rlhf_cli.cache_names import cache_argument, cache_of, takes_cache
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.model import TransformerModel, TransformerPreTrainedModel, resize_encoder
 
@@ -69,13 +70,14 @@ class TransformerForCausalLM(_LanguageModel, GenerationMixin):
     architectures = ("decoder",)
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -88,7 +90,7 @@ class TransformerForCausalLM(_LanguageModel, GenerationMixin):
             input_ids: (B, T); this and the following as in `Stack.forward`.
             attention_mask: (B, Tk).
             position_ids: (B, T).
-            past_key_values: cache.
+            cache: of keys and values.
             inputs_embeds: (B, T, d).
             labels: (B, T), unshifted `input_ids`, with -100 on positions without a loss.
             use_cache: return a cache.
@@ -99,7 +101,7 @@ class TransformerForCausalLM(_LanguageModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -111,7 +113,7 @@ class TransformerForCausalLM(_LanguageModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **cache_argument(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
@@ -137,6 +139,7 @@ class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
             shifted == -100, start if self.config.pad_token_id is None else self.config.pad_token_id
         )
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -145,7 +148,7 @@ class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -161,7 +164,7 @@ class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
             decoder_input_ids: (B, T), start token first; None derives them from `labels`.
             decoder_attention_mask: (B, T).
             encoder_outputs: encoder outputs of an earlier call.
-            past_key_values: cache.
+            cache: of keys and values.
             inputs_embeds: (B, S, d).
             decoder_inputs_embeds: (B, T, d).
             labels: (B, T) output tokens, -100 on padding.
@@ -177,7 +180,7 @@ class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,

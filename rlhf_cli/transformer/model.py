@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from rlhf_cli.cache_names import CACHE, cache_argument, cache_of, takes_cache
 from rlhf_cli.transformer.blocks import Block
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.multi_head import MultiHeadAttention
@@ -33,7 +34,7 @@ class TransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (transformers defines names and types)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -72,6 +73,7 @@ class Stack(TransformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -81,7 +83,7 @@ class Stack(TransformerPreTrainedModel):
         position_ids: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -95,7 +97,7 @@ class Stack(TransformerPreTrainedModel):
                 row. None counts the real tokens of the mask, cached ones included, or all tokens without a mask.
             encoder_hidden_states: (B, S, d), for cross-attention.
             encoder_attention_mask: (B, S) 1 on the encoder's real tokens.
-            past_key_values: cache.
+            cache: of keys and values.
             inputs_embeds: (B, T, d) in place of `input_ids`, before scaling and positions.
             use_cache: return a cache.
             kwargs: arguments for the backend of self-attention, such as `attention_layout`.
@@ -108,14 +110,12 @@ class Stack(TransformerPreTrainedModel):
         if self.has_cross and encoder_hidden_states is None:
             raise ValueError("a decoder with cross-attention needs `encoder_hidden_states`")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None and self.is_causal:
-            past_key_values = self._new_cache()
+        if use_cache and cache is None and self.is_causal:
+            cache = self._new_cache()
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = _count_positions(x, attention_mask, seen)
-        masks = self._masks(
-            x, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, past_key_values
-        )
+        masks = self._masks(x, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, cache)
         x = self.positions(x * self.embedding_scale, position_ids)
         angles = rotation(self.config, position_ids)
         for block in self.layers:
@@ -125,11 +125,11 @@ class Stack(TransformerPreTrainedModel):
                 attention_mask=masks[0],
                 memory_mask=masks[1],
                 angles=angles,
-                past_key_values=past_key_values,
+                **cache_argument(cache),  # a layer that is recomputed drops it by this name
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(x), **cache_argument(cache if use_cache else None)
         )
 
     def _new_cache(self) -> Cache:
@@ -152,8 +152,8 @@ class Stack(TransformerPreTrainedModel):
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=own_cache,
                 position_ids=position_ids,
+                **cache_argument(own_cache),
             )
         else:
             own = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
@@ -210,6 +210,7 @@ class TransformerModel(TransformerPreTrainedModel):
         resize_encoder(self, embeddings)
         return embeddings
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -218,7 +219,7 @@ class TransformerModel(TransformerPreTrainedModel):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -233,7 +234,7 @@ class TransformerModel(TransformerPreTrainedModel):
             decoder_input_ids: (B, T), input of the decoder in an encoder-decoder.
             decoder_attention_mask: 1 on real tokens of `decoder_input_ids`.
             encoder_outputs: encoder outputs of an earlier call; the encoder does not run again.
-            past_key_values: cache of the decoder.
+            cache: of the decoder.
             inputs_embeds: in place of `input_ids`.
             decoder_inputs_embeds: in place of `decoder_input_ids`.
             use_cache: return a cache.
@@ -248,7 +249,7 @@ class TransformerModel(TransformerPreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **kwargs,
@@ -270,7 +271,7 @@ class TransformerModel(TransformerPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs[0],
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -284,7 +285,7 @@ def _both(
     """Join the outputs of encoder and decoder under transformers' names."""
     return Seq2SeqModelOutput(
         last_hidden_state=decoded.last_hidden_state,
-        past_key_values=decoded.past_key_values,  # pyright: ignore[reportArgumentType]
+        **cache_argument(cache_of(decoded)),
         decoder_hidden_states=decoded.hidden_states,
         decoder_attentions=decoded.attentions,
         cross_attentions=decoded.cross_attentions,

@@ -81,7 +81,7 @@ class MultiHeadAttention(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         angles: Rotation | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `x` to itself or to `memory`.
@@ -91,7 +91,7 @@ class MultiHeadAttention(nn.Module):
             memory: (B, Tk, d), source of keys and values in cross-attention; None is `x`.
             attention_mask: from the backend's mask function.
             angles: rotary positions of `x`; none in cross-attention, whose two sequences have separate positions.
-            past_key_values: cached keys and values of earlier calls; this call appends its own.
+            cache: cached keys and values of earlier calls; this call appends its own.
             kwargs: arguments for the backend, such as `attention_layout`.
 
         Returns:
@@ -100,13 +100,13 @@ class MultiHeadAttention(nn.Module):
         query = self._heads(self.q_proj(x))
         if self.is_cross:
             assert memory is not None
-            key, value = self._memory_heads(memory, past_key_values)
+            key, value = self._memory_heads(memory, cache)
         else:
             key, value = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
             if angles is not None:
                 query, key = rotate(query, angles), rotate(key, angles)
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             str(self.config._attn_implementation), scaled_dot_product_attention
         )

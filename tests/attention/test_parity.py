@@ -21,6 +21,7 @@ from transformers.masking_utils import blockwise_overlay, causal_mask_function, 
 from rlhf_cli.attention import hugging_face, model_zoo, parity, registry
 from rlhf_cli.attention.contract import Request
 from rlhf_cli.attention.layout import Layout
+from rlhf_cli.cache_names import cache_argument
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.decoding import check_decoding, decoded_logprobs, scored_logprobs
 from rlhf_cli.generation.slots import takes_slots
@@ -106,7 +107,7 @@ def test_a_static_cache_hides_what_was_not_written_and_a_copied_mask_is_refused(
         cache = StaticCache(config=model.config, max_cache_len=9)
         for start, end in ((0, 4), (4, 5)):
             seen = None if mask is None else mask[:, :end]
-            found = model(ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True)
+            found = model(ids[:, start:end], attention_mask=seen, use_cache=True, **cache_argument(cache))
         return found.last_hidden_state
 
     expected = last_token("eager")

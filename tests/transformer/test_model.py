@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from rlhf_cli.cache_names import cache_of
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import check_projection
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -310,13 +311,14 @@ def test_scores_do_not_move_with_padding_on_the_left(tiny: Tiny, parts: dict, ar
 
 
 @every_kind
-def test_cached_steps_behind_padding_count_as_uncached_ones(tiny: Tiny, parts: dict):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # since transformers 5.24, and before
+def test_cached_steps_behind_padding_count_as_uncached_ones(tiny: Tiny, parts: dict, name: str):
     model = tiny(**parts | {"architecture": "decoder"})
     text, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids(1, 6)], dim=1), torch.tensor([[0] * 3 + [1] * 6])
     with torch.no_grad():
         whole = model(text, attention_mask=mask, use_cache=False).logits
         first = model(text[:, :5], attention_mask=mask[:, :5], use_cache=True)
-        then = model(text[:, 5:], attention_mask=mask, past_key_values=first.past_key_values).logits
+        then = model(text[:, 5:], attention_mask=mask, **{name: cache_of(first)}).logits
     close(then, whole[:, 5:])
 
 

@@ -1,0 +1,47 @@
+"""The name of the key-value cache among the arguments and outputs of transformers' models.
+
+It is `cache` since transformers 5.24. Before, it was `past_key_values`, and `cache_params` in state-space models.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The name in the installed transformers, for attention models."""
+_NAMES = ("cache", "past_key_values", "cache_params")
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def cache_argument(cache: object) -> dict[str, Any]:
+    """Return a cache as a keyword argument of the installed transformers."""
+    return {CACHE: cache}
+
+
+def cache_name(forward: Callable[..., object]) -> str:
+    """Return the name under which a model's forward pass takes its cache; code of a model's own may use an old one."""
+    accepted = inspect.signature(forward).parameters
+    return next((name for name in _NAMES if name in accepted), CACHE)
+
+
+def cache_of(output: Mapping[str, Any]) -> Any:
+    """Return the cache in a model's output; None if it has none."""
+    return next((output[name] for name in _NAMES if name in output), None)
+
+
+def takes_cache(forward: Forward) -> Forward:
+    """Let a forward pass with a parameter `cache` take it as `past_key_values` too, as it was called before."""
+
+    @wraps(forward)
+    def taking(*args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs:
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        return forward(*args, **kwargs)
+
+    return taking  # pyright: ignore[reportReturnType]
