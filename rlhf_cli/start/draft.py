@@ -201,14 +201,16 @@ def _ppo(draft: Draft) -> dict[str, Any]:
     if section["prompts_per_step"] == 64:
         del section["prompts_per_step"]
     if draft.is_short:
-        section |= {"epochs": 2, "learning_rate": 1e-4}
+        section |= {"epochs": 2, "learning_rate": 1e-4, "schedule": "constant"}
     if draft.labels.evaluate is None and draft.prompts.held_out > 1:
         section["eval_steps"] = max(1, draft.steps // 5)
     return section
 
 
 def _why(draft: Draft) -> str:
-    return f"a first look: `steps: {FULL_STEPS}` is a full run" if draft.is_short else ""
+    if not draft.is_short:
+        return ""
+    return f"a first look: `steps: {FULL_STEPS}` is a full run; with a constant rate they can change on the way"
 
 
 def _evaluate(draft: Draft) -> dict[str, Any]:
