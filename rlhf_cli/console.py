@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -110,17 +110,18 @@ def working(text: str) -> Iterator[None]:
 class _Notice:
     """A line under the bars on the screen, how many of them there are, and how many spinners."""
 
-    text = ""
+    texts: tuple[Callable[[], str], ...] = ()
     bars = 0
     spinners = 0
 
 
-def show_under_bar(text: str) -> bool:
+def show_under_bar(text: Callable[[], str]) -> bool:
     """Show a line under the bar on the screen, until the bar ends; return False if there is no bar.
 
+    The text is asked for whenever the bar is drawn, so that a time in it does not contradict that of the bar.
     What a signal handler writes to the terminal itself would move the cursor, and the bar would be drawn twice.
     """
-    _Notice.text = text if _Notice.bars else ""
+    _Notice.texts = (text,) if _Notice.bars else ()
     return _Notice.bars > 0
 
 
@@ -142,13 +143,12 @@ def bar_of_tasks(console: Console) -> Progress:
             return Text(task.fields["owner"].time_text(), style="progress.remaining")
 
     class Bar(Progress):
-        """Leaves columns free at the right, and shows `_Notice.text` below."""
+        """Leaves columns free at the right, and shows `_Notice.texts` below."""
 
         def get_renderables(self) -> Iterable[RenderableType]:
             width = max(console.width - _ECHO, 1)
             yield from (Constrain(one, width) for one in super().get_renderables())
-            if _Notice.text:
-                yield Constrain(Text(_Notice.text, style="yellow"), width)
+            yield from (Constrain(Text(text(), style="yellow"), width) for text in _Notice.texts)
 
         def start(self) -> None:
             super().start()
@@ -159,7 +159,7 @@ def bar_of_tasks(console: Console) -> Progress:
                 super().stop()
             finally:
                 _Notice.bars -= 1
-                _Notice.text = _Notice.text if _Notice.bars else ""
+                _Notice.texts = _Notice.texts if _Notice.bars else ()
 
     def column() -> Column:
         return Column(no_wrap=True)

@@ -124,13 +124,13 @@ def test_ctrl_c_leaves_the_bar_on_the_screen_once(width, monkeypatch):
     watched = Messages(file=screen, force_terminal=True, width=width)
     monkeypatch.setattr(progress, "console", watched)
     monkeypatch.setattr(progress, "interactive", lambda: True)
-    assert not show_under_bar("SIGINT: nothing runs")
+    assert not show_under_bar(lambda: "SIGINT: nothing runs")
     with progress.task("ppo", 100, "steps") as task:
         for _ in range(2):
             task.advance(1, note="a note that is longer than any terminal is wide " * 5)
             task._bar.refresh()
             screen.write("^C")  # the terminal itself echoes it where the cursor is
-            assert show_under_bar("SIGINT: stopping after step 3 of 100 of ppo; Ctrl-C again stops at once")
+            assert show_under_bar(lambda: "SIGINT: stopping after step 3 of 100 of ppo; Ctrl-C again stops at once")
             task._bar.refresh()
     watched.print("error: stopped")
     shown = screen_of(screen.getvalue(), width)
@@ -142,6 +142,26 @@ def test_ctrl_c_leaves_the_bar_on_the_screen_once(width, monkeypatch):
     with progress.task("evaluate", 1):
         pass
     assert "SIGINT" not in screen.getvalue(), "the next bar has nothing to say of it"
+
+
+def test_what_is_waited_for_follows_the_bar(monkeypatch, clock):
+    """Ctrl-C right after the first step began, when nothing is known; the bar knows more a little later."""
+    screen = io.StringIO()
+    watched = Messages(file=screen, force_terminal=True, width=100, get_time=lambda: clock[0])
+    monkeypatch.setattr(progress, "console", watched)
+    monkeypatch.setattr(progress, "interactive", lambda: True)
+    shown = []
+    with progress.task("ppo", 4) as task:
+        assert show_under_bar(lambda: f"stopping after {progress.what_is_saved()}")
+        for _ in range(2):
+            task._bar.refresh()
+            shown.append(screen_of(screen.getvalue(), 100)[1])
+            clock[0] += 5
+            task.within(0.25, "sampling")
+    assert shown == [
+        "stopping after step 1 of 4 of ppo, the first of this run; how long it takes is not known yet",
+        "stopping after step 1 of 4 of ppo, in very roughly 15.0 s",
+    ]
 
 
 def test_an_error_inside_is_not_called_done(capsys, clock):

@@ -6,10 +6,12 @@ So the replies of a turn are completions of one prompt, and an order of them is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.chat.loading import BackgroundLoading
 from rlhf_cli.chat.models import ChatModel, ChatModels
 from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_to_json, seed_for
 from rlhf_cli.errors import DataError
@@ -69,6 +71,7 @@ class Conversation:
     history: list[tuple[str, str]] = field(default_factory=list)
     forgotten: int = 0
     _reward_model: RewardModel | None = None
+    _loading: BackgroundLoading | None = None
     _prompt: Prompt = ""
     _text: str = ""
     _replies: list[Reply] = field(default_factory=list)
@@ -201,12 +204,31 @@ class Conversation:
                         show(name, completion.text.rstrip("\ufffd"))
         return found
 
+    @contextmanager
+    def loading_models(self) -> Iterator[None]:
+        """Context in which all weights are being loaded already; those that are not here are downloaded before."""
+        for source in self.models.sources:
+            _ = source.folder_with_weights  # its bars would tear the line that the person types
+        parts: list[tuple[str, Callable[[], object]]]
+        parts = [(model.name, partial(_load_policy, model)) for model in self.models.models]
+        if self.models.reward is not None:
+            parts.append(("the reward model", self._load_reward_model))
+        self._loading = BackgroundLoading(parts)
+        try:
+            yield
+        finally:
+            self._loading.close()
+
     def _load(self) -> None:
-        """Load all weights that are not loaded yet, before anything is shown."""
+        """Wait for all weights, before anything is shown; what is not being loaded is loaded now."""
+        if self._loading is not None:
+            self._loading.wait()
         for model in self.models.models:
-            with model.policy.model():
-                pass
-        if self.models.reward is not None and self._reward_model is None:
+            _load_policy(model)
+        self._load_reward_model()
+
+    def _load_reward_model(self) -> None:
+        if self._reward_model is None:
             self._reward_model = self.models.load_reward_model()
 
     def _scored(self, model: ChatModel, completion: Completion) -> Reply:
@@ -220,3 +242,8 @@ class Conversation:
         prompt = [model.policy.prompt_ids(self._prompt)]
         own, other = (one.policy.logprobs(prompt, [completion])[0] for one in (model, reference))
         return replace(reply, kl=own - other)
+
+
+def _load_policy(model: ChatModel) -> None:
+    with model.policy.model():
+        pass

@@ -61,6 +61,12 @@ class ChatModels:
     reward: ModelSource | None = None
     run: Path | None = None
 
+    @property
+    def sources(self) -> list[ModelSource]:
+        """Where the weights of all models are."""
+        own = [model.policy.source for model in self.models]
+        return own if self.reward is None else [*own, self.reward]
+
     def load_reward_model(self) -> RewardModel | None:
         """Load the reward model."""
         from rlhf_cli.models.reward_model.loading import load_reward_model

@@ -57,33 +57,42 @@ def chat(
     trained from (the mean is the KL). Without a terminal, the prompt is read from stdin. `/best NAME` in the chat saves
     a label that `train-rm` can learn from.
     """
-    from rlhf_cli.chat.conversation import Conversation
-    from rlhf_cli.chat.files import ChatFiles
-    from rlhf_cli.chat.models import find_models
-    from rlhf_cli.settings.shared import SamplingSettings
+    from rlhf_cli.console import working
 
-    sampling = SamplingSettings(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     names = [] if models is None else [name.strip() for name in models.split(",") if name.strip()]
-    found = find_models(where, only=names, sampling=sampling, device=device)
+    with working("loading libraries ..."):
+        from rlhf_cli.chat.conversation import Conversation
+        from rlhf_cli.chat.files import ChatFiles
+        from rlhf_cli.chat.models import find_models
+        from rlhf_cli.settings.shared import SamplingSettings
+
+        sampling = SamplingSettings(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+        found = find_models(where, only=names, sampling=sampling, device=device)
     conversation = Conversation(found, seed=seed, system=system)
     prompts = list(prompt or [])
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read().strip()]
+    _check(prompts, as_json)
     files = ChatFiles.of(found.run, transcript) if transcript is not None or not prompts else ChatFiles(None, None)
-    _reply(conversation, files, prompts, as_json)
+    with conversation.loading_models():
+        _reply(conversation, files, prompts, as_json)
+
+
+def _check(prompts: list[str], as_json: bool) -> None:
+    from rlhf_cli.errors import UsageError
+
+    if any(not one for one in prompts):
+        raise UsageError("the prompt is empty", hint='write it: `rlhf chat RUN --prompt "..."`')
+    if as_json and not prompts:
+        raise UsageError("`--json` needs a prompt", hint='add `--prompt "..."`, or send one to stdin')
 
 
 def _reply(conversation: Conversation, files: ChatFiles, prompts: list[str], as_json: bool) -> None:
     from rich.console import Console
 
     from rlhf_cli.chat.terminal import Chat
-    from rlhf_cli.errors import UsageError
 
-    if any(not one for one in prompts):
-        raise UsageError("the prompt is empty", hint='write it: `rlhf chat RUN --prompt "..."`')
     chat = Chat(conversation, files, Console(highlight=False, emoji=False))
-    if as_json and not prompts:
-        raise UsageError("`--json` needs a prompt", hint='add `--prompt "..."`, or send one to stdin')
     for one in prompts:
         conversation.start_over()
         if as_json:

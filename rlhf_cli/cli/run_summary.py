@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.console import console
 from rlhf_cli.durations import format_duration
-from rlhf_cli.progress import say
+from rlhf_cli.progress import say, warn
+from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rlhf_cli.pipeline.runner import RunResult, StageResult
 
 _STATUS = {"done": "ran", "cached": "up to date"}
@@ -45,9 +48,22 @@ def show_outcome(result: RunResult) -> None:
         table.add_row(row.name, status, _seconds(row), escape(metrics))
     console.print()
     console.print(table, soft_wrap=False)  # wrapped in logs too
+    for row in result.stages:
+        _say_doubts(row, result.run_dir)
     say(f"results are in {result.run_dir}/, one folder per stage")
     if all(row.status == "cached" for row in result.stages):
         say("nothing to do: everything is up to date")
+
+
+def _say_doubts(row: StageResult, run_dir: Path) -> None:
+    """Warn of labels or judgments that put the result in doubt, also where the stage is up to date."""
+    from rlhf_cli.labeling.warnings import doubtful_warnings, one_line
+
+    doubts = doubtful_warnings(row.path)
+    for one in doubts:
+        warn(f"{row.name}: {one_line(one.about)}: {one_line(one.text)}")
+    if doubts and row.name == "label":
+        say(f"`rlhf label stats {word(run_dir)}` says what to do about these labels")
 
 
 def _seconds(row: StageResult) -> str:

@@ -56,13 +56,14 @@ class SignalStop:
 
     Args:
         waits_for: returns what is under way that is saved first, for a message; None if nothing is.
-        show: shows a message where a bar is on the screen; returns False where none is, and then it is written.
+        show: shows a message where a bar is on the screen, and asks for it as long as it is shown, since what is waited
+            for changes; returns False where no bar is, and then the message is written.
     """
 
     def __init__(
         self,
         waits_for: Callable[[], str | None] = lambda: "the current step",
-        show: Callable[[str], bool] = lambda text: False,
+        show: Callable[[Callable[[], str]], bool] = lambda text: False,
     ) -> None:
         self._waits_for, self._show = waits_for, show
         self._signum: int | None = None
@@ -87,16 +88,18 @@ class SignalStop:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
+    def _text(self) -> str:
+        assert self._signum is not None
+        found = self._waits_for() or "the current operation"
+        return f"{signal.Signals(self._signum).name}: stopping after {found}; Ctrl-C again stops at once"
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is None:
             self._signum = signum
-            found = self._waits_for()
-            if found is None and signum == signal.SIGINT and not is_supervised():
+            if self._waits_for() is None and signum == signal.SIGINT and not is_supervised():
                 raise KeyboardInterrupt
-            name = signal.Signals(signum).name
-            text = f"{name}: stopping after {found or 'the current operation'}; Ctrl-C again stops at once"
-            if not self._show(text):
-                os.write(2, f"\n{text}\n".encode())  # not `print`, which the handler may have interrupted
-            write(text)
+            if not self._show(self._text):
+                os.write(2, f"\n{self._text()}\n".encode())  # not `print`, which the handler may have interrupted
+            write(self._text())
         elif signum == signal.SIGINT and not is_supervised():
             raise KeyboardInterrupt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -12,6 +14,13 @@ from rich.text import Text
 from rlhf_cli.plain_text import printable
 
 ALL_LABELS = "all labels"
+WARNINGS, OF_JUDGES = "warnings.json", "judge.json"
+"""Files of an artifact with the warnings about people's labels, and with those about judges among other things."""
+_DOUBTFUL = frozenset(
+    {"agreement", "self-consistency", "gold", "order", "speed", "habit", "length", "guidelines"}
+    | {"accuracy", "format", "disagreement"}
+)
+"""Kinds that put in doubt what is learned from the labels, or decided by them."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +57,19 @@ def rendered(warnings: Sequence[LabelWarning]) -> Iterator[RenderableType]:
 def in_one_line(warning: LabelWarning) -> str:
     """The warning as one line, for the log."""
     return f"{one_line(warning.about)}: {one_line(warning.text)}; {warning.advice}"
+
+
+def write_warnings(folder: Path, warnings: Sequence[LabelWarning]) -> None:
+    """Write the warnings about people's labels into an artifact."""
+    text = json.dumps([asdict(one) for one in warnings], indent=2, ensure_ascii=False)
+    (folder / WARNINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def doubtful_warnings(folder: Path) -> list[LabelWarning]:
+    """The warnings of an artifact that put in doubt what is learned from its labels, or decided by them."""
+    rows: list[dict[str, str]] = []
+    if (path := folder / WARNINGS).is_file():
+        rows += json.loads(path.read_text(encoding="utf-8"))
+    if (path := folder / OF_JUDGES).is_file():
+        rows += json.loads(path.read_text(encoding="utf-8")).get("warnings", [])
+    return [LabelWarning(**row) for row in rows if row["kind"] in _DOUBTFUL]

@@ -27,7 +27,7 @@ NOT_CONTENT = frozenset(
     {"metrics.jsonl", "timing.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"detections.jsonl"}
     | {"evaluation.json"}  # names models after their run; `metrics.json` holds the same measures
-    | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
+    | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json", "warnings.json"}
     | {"quality.json", "quality.png"}
 )
 """Files that record how an artifact was made. They contain times, and no later stage reads them."""

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.console import working
 from rlhf_cli.distributed.signals import SignalStop
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.sampling import Sampling
@@ -32,6 +36,7 @@ from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.runner import check_steps, limit_threads, not_cached
 from rlhf_cli.pipeline.selection import Selection, select
+from rlhf_cli.progress import Task, task
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
@@ -44,7 +49,7 @@ from rlhf_cli.stages.workload import Reading, Workload
 
 if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.stages.trial import Rates
+    from rlhf_cli.stages.trial import Progress, Rates
 
 TRIAL_SECONDS = 10.0
 """Seconds that the trials of all stages take together, without loading models; up to twice that for large ones."""
@@ -148,7 +153,7 @@ def plan_run(
         check_steps(here, steps)
 
     planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
-    with loaded.locating():
+    with loaded.locating(), working("checking the recipe, its models and its data ..."):
         steps = planner.plan(check)
     from rlhf_cli.models.device import resolve_device
 
@@ -157,11 +162,23 @@ def plan_run(
     trained = [step for step in not_cached(steps) if step.stage.workload is not None]
     with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
         seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
-        stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe)
-        stages = [stage_planner.plan(step) for step in steps]
+        stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe, len(trained))
+        with _shown(len(trained), trial=trial) as bar:
+            stages = [stage_planner.plan(step, bar) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     device = device if target is None else "cuda"
     return RunPlan(folder, stages, device, limit, shutil.disk_usage(existing).free, trial, target)
+
+
+@contextmanager
+def _shown(count: int, *, trial: bool) -> Iterator[Task | None]:
+    """Show how far the trials of so many stages are; without trials there is no bar, since that takes seconds."""
+    if not trial or not count:
+        with working("counting tokens and passes ..."):
+            yield None
+        return
+    with task("measuring", count, "stages", saves=False) as bar:
+        yield bar
 
 
 def _check_target(target: Target, recipe: Recipe, stages: set[str]) -> None:
@@ -187,16 +204,37 @@ class _StagePlanner:
         seconds: float | None,
         target: Target | None,
         asked: Recipe,
+        to_come: int,
     ) -> None:
         self._recipe, self._scratch, self._device, self._limit, self._seconds = recipe, scratch, device, limit, seconds
         self._target, self._asked = target, asked
         self._stand_in = recipe.model.path
+        self._to_come, self._took = to_come, list[float]()
 
-    def plan(self, step: Step) -> StagePlan:
-        """Return what a stage will take."""
+    def plan(self, step: Step, bar: Task | None) -> StagePlan:
+        """Return what a stage will take; the bar counts the stages that have trials."""
+        began = time.monotonic()
+
+        def progress(units: float, doing: str) -> None:
+            if bar is not None:
+                took = time.monotonic() - began
+                each = statistics.mean(self._took) if self._took else took / units if units else None
+                left = None if each is None else max(each * self._to_come - took, 0.0)
+                bar.within(units, f"{step.stage.name}: {doing}", left=left, is_guess=not self._took)
+
+        planned = self._plan(step, progress)
+        if bar is not None and step.manifest is None and step.stage.workload is not None:
+            bar.advance()
+            self._to_come -= 1
+            if planned.rates is not None:
+                self._took.append(time.monotonic() - began)
+        return planned
+
+    def _plan(self, step: Step, progress: Progress) -> StagePlan:
         stage, section = step.stage, self._recipe.section(step.stage.name)
         if step.manifest is not None or stage.workload is None:
             return StagePlan(stage.name, step.action, step.reason)
+        progress(0.0, "reading data")
         context = self._context(step)
         if self._target is None:  # else it is decided, and not for this machine
             context = decide_precision(context)
@@ -211,7 +249,7 @@ class _StagePlanner:
         memory = stage.memory(section, recipe, extent)
         rates = None
         if self._seconds is not None and (memory is None or memory.total < self._limit):
-            rates = self._trial(context, reading, self._seconds)
+            rates = self._trial(context, reading, self._seconds, progress)
             if rates.process and self._device == "cpu":
                 extent = replace(extent, process=rates.process)
                 memory = stage.memory(section, recipe, extent)
@@ -255,7 +293,7 @@ class _StagePlanner:
         )
         return extent if self._target is None else self._target.extent(extent, workload)
 
-    def _trial(self, context: StageContext[Any, Any], reading: Reading, seconds: float) -> Rates:
+    def _trial(self, context: StageContext[Any, Any], reading: Reading, seconds: float, progress: Progress) -> Rates:
         from rlhf_cli.stages.trial import run_trial
 
         settings, recipe = context.settings, context.recipe
@@ -273,6 +311,7 @@ class _StagePlanner:
             recompute=getattr(settings, "gradient_checkpointing", False),
             seconds=seconds,
             folder=self._scratch,
+            progress=progress,
         )
         free_memory()
         return rates

@@ -124,5 +124,8 @@ def _plain(run: RunFiles) -> dict[str, object]:
         "best_of_n": run.best_of_n,
         "health": run.health,
         "detections": list(run.detections),
+        "label_warnings": {
+            stage: [dataclasses.asdict(one) for one in found] for stage, found in run.label_warnings.items() if found
+        },
         "settings": run.settings,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.labeling.warnings import LabelWarning, doubtful_warnings
 from rlhf_cli.pipeline.manifest import FILE_NAME, DamagedArtifact, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.stages.registry import REGISTRY
@@ -50,6 +51,7 @@ class RunFiles:
         best_of_n: `best_of_n.json`, or None.
         health: `health.json` of PPO, or None.
         detections: rows of PPO's `detections.jsonl`.
+        label_warnings: stage -> what puts its labels in doubt, or its judgments.
         group: number of its color; runs that differ in their seeds alone share it.
     """
 
@@ -62,6 +64,7 @@ class RunFiles:
     best_of_n: Row | None = None
     health: Row | None = None
     detections: Sequence[Row] = field(default=())
+    label_warnings: Mapping[str, Sequence[LabelWarning]] = field(default_factory=dict)
     group: int = 0
 
     @property
@@ -113,6 +116,7 @@ def read_run(folder: Path) -> RunFiles:
         best_of_n=_object(run.artifact("best-of-n") / BEST_OF_N),
         health=_object(ppo / HEALTH),
         detections=_lines(ppo / DETECTIONS),
+        label_warnings={stage: doubtful_warnings(run.artifact(stage)) for stage in manifests},
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_cli.intervals import percent, percent_span
+from rlhf_cli.labeling.warnings import one_line
 from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.pipeline.stage_states import planned_stages
@@ -126,6 +127,10 @@ def _doubts(run: RunFiles) -> Iterator[str]:
         for finding in run.health["findings"]:
             if finding["severity"] != "fine":
                 yield f"Training, {finding['subject']}: {finding['seen']}. Usually: {finding['means']}."
+    for stage, warnings in run.label_warnings.items():
+        what = "Labels" if stage == "label" else f"Judgments of `{stage}`"
+        for one in warnings:
+            yield f"{what}, {one_line(one.about)}: {one_line(one.text)}."
     if run.quality is not None and run.quality.get("warning"):
         yield f"Reward model: {run.quality['warning']}."
     for stage, manifest in run.manifests.items():

@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,6 +47,9 @@ _FEWER = 4
 """The second measurement of decoding has this many times fewer rows."""
 _PRIOR = 0.5
 """Ended completions that the guess of their length counts as: it decides only where none ended."""
+
+
+Progress = Callable[[float, str], object]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def run_trial(
     recompute: bool = False,
     seconds: float = 4.0,
     folder: Path,
+    progress: Progress = lambda _units, _doing: None,
 ) -> Rates:
     """Measure the rates of a stage; see the module.
 
@@ -114,9 +118,13 @@ def run_trial(
         recompute: the setting `gradient_checkpointing`.
         seconds: about how long passes and decoding are measured.
         folder: for a file that is written and removed.
+        progress: is told how much of the trial is over, roughly, and what is being measured.
     """
-    load, drawn, forward, train, device = _with_model(reading, source, sampling, recompute=recompute, seconds=seconds)
+    load, drawn, forward, train, device = _with_model(
+        reading, source, sampling, recompute=recompute, seconds=seconds, progress=progress
+    )
     free_memory()
+    progress(0.9, "optimizer and disk")
     per_weight = _optimizer_rate(device, optimizer) if reading.trains else 0.0
     free_memory()
     process = psutil.Process().memory_info().rss
@@ -135,12 +143,19 @@ def run_trial(
 
 
 def _with_model(
-    reading: Reading, source: ModelSource, sampling: Sampling, *, recompute: bool, seconds: float
+    reading: Reading,
+    source: ModelSource,
+    sampling: Sampling,
+    *,
+    recompute: bool,
+    seconds: float,
+    progress: Progress,
 ) -> tuple[float, _Drawn, float, float, torch.device]:
     """Return seconds of loading, what decoding showed, `Rates.forward`, `Rates.train`, and the device of the model.
 
     Nothing refers to the model afterwards.
     """
+    progress(0.05, "loading the model")
     began = time.perf_counter()
     model = load_policy(source)
     load = time.perf_counter() - began
@@ -148,7 +163,9 @@ def _with_model(
         add_lora(model, LoraSettings(rank=reading.rank))
     drawn = _Drawn()
     if reading.longest is not None:
+        progress(0.25, "sampling")
         drawn = _draw(model, source, reading, sampling, seconds / 2)
+    progress(0.5, "forward passes")
     measured = _Passes(model, source, reading, length=round(drawn.mean or reading.longest or 1))
     forward = measured.rate(train=False, seconds=seconds / 4)
     train = 0.0
@@ -159,6 +176,7 @@ def _with_model(
             split_weights(model)
         if recompute:
             recompute_activations(model)
+        progress(0.65, "training passes")
         train = measured.rate(train=True, seconds=seconds / 2)
     return load, drawn, forward, train, model.device
 
@@ -231,11 +249,7 @@ def _timed(
     later = [(after[0] - before[0], after[1]) for before, after in pairwise(times)]
     later = later or [(times[0][0], times[0][1])]
     steps = sorted(took for took, _ in later)
-    return _Timed(
-        first=times[0][0],
-        seconds=steps[len(steps) // 2],
-        rows=sum(rows for _, rows in later) / len(later),
-    )
+    return _Timed(times[0][0], seconds=steps[len(steps) // 2], rows=sum(rows for _, rows in later) / len(later))
 
 
 class _Passes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import RecipeError
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.overrides import BadSetting, Layers, parse_set
 from rlhf_cli.recipe.show import scalar
@@ -29,7 +31,9 @@ _WIDTH = 79
 """A comment stands behind its line where both fit into this, else above it."""
 TEMPERATURE = 0.7
 """Of sampling in all stages."""
-_ABOUT_SETTINGS = ("sampling", "label", "train_rm", "ppo")
+_STAGE_LIMITS = ("label.sampling.max_new_tokens", "ppo.max_new_tokens", "evaluate.sampling.max_new_tokens")
+"""Limits of single stages, which `--set` may give."""
+_ABOUT_SETTINGS = ("label", "train_rm", "ppo")
 """Sections whose comment repeats values of their settings."""
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -63,11 +67,42 @@ class Draft:
 
     @property
     def most_new_tokens(self) -> int:
-        """Largest limit of completions, which never is so large that a prompt does not fit."""
-        return max(1, min(LIMITS[-1], self.model.context - self.prompts.tokens[2]))
+        """Largest limit that is considered, which never is so large that a prompt does not fit."""
+        given = self.given_limit
+        most = LIMITS[-1] if given is None else 2 * given
+        return max(1, min(most, self.model.context - self.prompts.tokens[2]))
+
+    @property
+    def given_limit(self) -> int | None:
+        """The limit of completions that `--set` gives; None where it is chosen."""
+        given = self._given("sampling.max_new_tokens")
+        if given is None or isinstance(given, int):
+            return given
+        trained = () if self.model.contract is None else (self.model.contract.sampling,)
+        return Sampling.resolve(*trained).max_new_tokens
+
+    @property
+    def stage_limits(self) -> dict[str, int]:
+        """The limits that `--set` gives for single stages, by setting."""
+        return {name: limit for name in _STAGE_LIMITS if isinstance(limit := self._given(name), int)}
+
+    def _given(self, name: str) -> Any:
+        """The value that `--set` gives to a setting; "" for null, None where it gives none."""
+        layers = Layers()
+        for setting in self.settings:
+            with suppress(BadSetting):  # reported when the recipe is written
+                layers.add(parse_set(setting))
+        here: Any = layers.data
+        for key in name.split("."):
+            if not isinstance(here, dict) or key not in here:
+                return None
+            here = here[key]
+        return "" if here is None else here
 
     def max_new_tokens(self) -> int:
-        """Longest completion: such that most of them end, as far as that is known."""
+        """Longest completion: as it was set, or such that most of them end, as far as that is known."""
+        if (given := self.given_limit) is not None:
+            return given
         found = None if self.lengths is None else self.lengths.limit(self.most_new_tokens)
         return found or min(GUESS, self.most_new_tokens)
 
@@ -102,7 +137,7 @@ def recipe_text(draft: Draft, path: Path, command: str) -> str:
     data = {"prompts": found.source, **found.settings, **draft.model.settings}
     lines.add("data", data, f"{found.training:,} prompts to train on, {found.held_out:,} held out")
     limit = draft.max_new_tokens()
-    is_known = draft.lengths is not None and not draft.lengths.is_guess
+    is_known = draft.lengths is not None and draft.lengths.tells(limit)
     cut = f"; about {1 - draft.lengths.share_ended(limit):.0%} are cut off" if draft.lengths and is_known else ""
     lines.add("sampling", {"temperature": TEMPERATURE, "max_new_tokens": limit}, f"in all stages{cut}")
     if draft.demonstrations is not None:
@@ -166,14 +201,16 @@ def _ppo(draft: Draft) -> dict[str, Any]:
     if section["prompts_per_step"] == 64:
         del section["prompts_per_step"]
     if draft.is_short:
-        section |= {"epochs": 2, "learning_rate": 1e-4}
+        section |= {"epochs": 2, "learning_rate": 1e-4, "schedule": "constant"}
     if draft.labels.evaluate is None and draft.prompts.held_out > 1:
         section["eval_steps"] = max(1, draft.steps // 5)
     return section
 
 
 def _why(draft: Draft) -> str:
-    return f"a first look: `steps: {FULL_STEPS}` is a full run" if draft.is_short else ""
+    if not draft.is_short:
+        return ""
+    return f"a first look: `steps: {FULL_STEPS}` is a full run; with a constant rate they can change on the way"
 
 
 def _evaluate(draft: Draft) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.console import muted, spinner
+from rlhf_cli.console import muted
 from rlhf_cli.durations import format_duration
 from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.progress import say, warn
@@ -32,8 +32,9 @@ def say_how_long(draft: Draft, path: Path) -> None:
         say(f"\nHow long it takes was not measured, since {reason}: {command} predicts it")
         return
     loaded = load_recipe(path)
+    say("\nMeasuring how long that will take here, a minute or more; Ctrl-C skips it.")
     try:
-        with spinner("measuring how long that will take here, a minute or more; Ctrl-C skips it ..."), muted():
+        with muted():
             from rlhf_cli.pipeline.plan import plan_run
 
             plan = plan_run(loaded, loaded.recipe.default_run_dir, Selection())

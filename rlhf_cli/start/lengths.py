@@ -58,6 +58,10 @@ class Lengths:
         """Mean length of completions that are cut off at `limit` tokens."""
         return sum(1 - self.share_ended(tokens) for tokens in range(limit))
 
+    def cuts_most(self, limit: int) -> bool:
+        """Whether a limit is known to cut off most completions."""
+        return self.tells(limit) and self.share_ended(limit) < _HALF
+
     @property
     def is_guess(self) -> bool:
         """Whether sampling stopped before enough completions ended to tell how long they are."""
@@ -72,21 +76,27 @@ class Lengths:
         found = next((limit for limit in fitting if self.share_ended(limit) >= _MOST), fitting[-1])
         return found if self.share_ended(found) >= _HALF else None
 
+    def tells(self, limit: int) -> bool:
+        """Whether the share that a limit cuts off is known or can be estimated."""
+        return not (self.is_guess and self.is_estimate(limit))
+
+    def cut_off(self, limit: int) -> str:
+        """What a limit cuts off, in words."""
+        stopped = f"after {self.sampled:,} tokens, where sampling was stopped"
+        if not self.tells(limit):
+            ended = f"{len(self.ended):,} of {self.count:,} {self.what} had ended {stopped}"
+            return f"what it cuts off is not known: {ended}; if that is much, raise `max_new_tokens` in the recipe"
+        about = "about " if self.is_estimate(limit) else ""
+        text = f"{about}{1 - self.share_ended(limit):.0%} of {self.count:,} {self.what} are cut off"
+        return f"{text} ({self.running:,} had not ended {stopped})" if about else text
+
     def described(self, limit: int, most: int) -> list[str]:
         """What a limit cuts off, and what a longer one costs, in lines."""
-        if self.is_guess:
-            seen = f"{len(self.ended):,} of {self.count:,} {self.what} had ended after {self.sampled:,} tokens"
-            return [
-                f"limit of a completion: {limit:,} tokens, a guess: {seen}, where sampling was stopped; if many "
-                "are cut off, raise `max_new_tokens` in the recipe"
-            ]
-        cut = 1 - self.share_ended(limit)
-        about = "about " if self.is_estimate(limit) else ""
-        lines = [f"limit of a completion: {limit:,} tokens; {about}{cut:.0%} of {self.count:,} {self.what} are cut off"]
-        if about:
-            lines[0] += f" ({self.running:,} had not ended after {self.sampled:,} tokens, where sampling was stopped)"
-        longer = min(2 * limit, most)
-        if cut and longer > limit:
+        lines = [f"limit of a completion: {limit:,} tokens; {self.cut_off(limit)}"]
+        if not self.tells(limit):
+            return lines
+        cut, longer = 1 - self.share_ended(limit), min(2 * limit, most)
+        if cut and longer > limit and self.tells(longer):
             more = self.mean_tokens(longer) / self.mean_tokens(limit) - 1
             lines.append(
                 f"a limit of {longer:,} would cut off about {1 - self.share_ended(longer):.0%}, and completions would "

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.console import console, spinner
 from rlhf_cli.errors import RLHFError
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.memory import free_memory, is_out_of_memory, machine_memory
 from rlhf_cli.models.model_shape import FLOAT32
-from rlhf_cli.progress import warn
+from rlhf_cli.progress import Task, task, warn
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.overrides import override
 from rlhf_cli.settings.shared import SamplingSettings
@@ -20,6 +21,7 @@ from rlhf_cli.start.lengths import Lengths
 from rlhf_cli.start.model_facts import ModelFacts
 
 if TYPE_CHECKING:
+    from rlhf_cli.generation.generator import Completion, Progress
     from rlhf_cli.generation.policy import Policy
 
 _SECONDS = 40.0
@@ -56,8 +58,6 @@ def with_lengths(draft: Draft) -> Draft:
 
     Where the model is fine-tuned on demonstrations first, theirs count.
     """
-    if any(setting.partition("=")[0] == _SETTING for setting in draft.settings):
-        return draft
     if draft.demonstrations is not None:
         found = Lengths(sorted(draft.demonstrations.lengths), what="demonstrations")
     elif (reason := obstacle(draft.model)) is not None:
@@ -65,8 +65,7 @@ def with_lengths(draft: Draft) -> Draft:
         return draft
     else:
         try:
-            with spinner("sampling a few completions, to see how long they are; Ctrl-C skips it ..."):
-                found = sample_lengths(draft.model, draft.prompts.sample, draft.most_new_tokens, draft.settings)
+            found = sample_lengths(draft.model, draft.prompts.sample, draft.most_new_tokens, draft.settings)
         except KeyboardInterrupt:  # the answers are not lost: the recipe is written with a guess
             _say_unmeasured(draft, "sampling them was skipped")
             return draft
@@ -74,16 +73,28 @@ def with_lengths(draft: Draft) -> Draft:
             _say_unmeasured(draft, reason_of(error))
             return draft
     draft = replace(draft, lengths=found)
-    limit = draft.max_new_tokens()
-    for line in found.described(limit, draft.most_new_tokens):
+    _say_what_is_cut_off(draft, found)
+    return draft
+
+
+def _say_what_is_cut_off(draft: Draft, found: Lengths) -> None:
+    limit, most = draft.max_new_tokens(), draft.most_new_tokens
+    lines = found.described(limit, most)
+    lines += [f"`{name}: {own:,}`; {found.cut_off(own)}" for name, own in draft.stage_limits.items()]
+    for line in lines:
         console.print(f"  {line}", markup=False, style="green")
-    if found.limit(draft.most_new_tokens) is None:
+    limits = ({} if draft.given_limit is None else {_SETTING: limit}) | draft.stage_limits
+    if too_low := [f"`{name}`" for name, own in limits.items() if found.cuts_most(own)]:
+        warn(
+            "most completions would be cut off, and people or a reward model would judge only how they begin: raise "
+            f"{' and '.join(too_low)}, or ask for short replies in the prompts"
+        )
+    elif draft.given_limit is None and found.limit(most) is None:
         warn(
             "this model ends few of its completions, and people or a reward model would judge what is cut off. Take "
             "its instruction-tuned version, give `--demonstrations FILE`, or name the token that ends a reply with "
             "`--set sampling.stop_tokens=[TOKEN]`"
         )
-    return draft
 
 
 def _say_unmeasured(draft: Draft, reason: str) -> None:
@@ -108,26 +119,39 @@ def sample_lengths(
     Raises:
         ModelError: the model cannot be loaded or sampled from.
     """
-    policy = _policy(model, len(prompts), most, settings)
+    with spinner("loading the model, to see how long its completions are; Ctrl-C skips it ..."):
+        policy = _policy(model, len(prompts), most, settings)
+        with policy.model():
+            pass  # loads the weights
     try:
-        found = _sampled(policy, prompts, _Watch(seconds, needs=min(most, _ENOUGH_TOKENS)))
-        return found or _sampled(policy, prompts[:_FEW_PROMPTS], _Watch(seconds)) or Lengths([], len(prompts))
+        with spinner("sampling the first tokens; Ctrl-C skips it ..."):
+            timer = _Timer()
+            _generate(policy, prompts, timer)
+        if timer.seconds * min(most, _ENOUGH_TOKENS) > seconds:
+            prompts = prompts[:_FEW_PROMPTS]
+        with task("sampling completions", len(prompts), "completions", saves=False) as bar:
+            return _sampled(policy, prompts, _Watch(seconds, len(prompts), most, bar))
     finally:
         policy.release()
         free_memory()
 
 
-def _sampled(policy: Policy, prompts: Sequence[Sequence[int]], watch: _Watch) -> Lengths | None:
-    """Lengths of a completion of each prompt; None if the watch finds that too slow."""
+def _generate(policy: Policy, prompts: Sequence[Sequence[int]], progress: Progress) -> list[Completion] | None:
+    """A completion of each prompt; None if the progress ended it."""
     from rlhf_cli.generation.generator import Request
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
     requests = [Request(list(prompt), seed=number) for number, prompt in enumerate(prompts)]
     try:
-        drawn = TorchGenerator().generate(policy, requests, progress=watch)
+        return TorchGenerator().generate(policy, requests, progress=progress)
     except _EnoughError:
-        if watch.is_too_slow:
-            return None
+        return None
+
+
+def _sampled(policy: Policy, prompts: Sequence[Sequence[int]], watch: _Watch) -> Lengths:
+    """Lengths of a completion of each prompt, until the time of the watch is up."""
+    drawn = _generate(policy, prompts, watch)
+    if drawn is None:
         running = len(prompts) - len(watch.ended)
         if not running:  # the last one ended in the very step after which time was up
             return Lengths(sorted(watch.ended))
@@ -165,34 +189,68 @@ def _policy(model: ModelFacts, rows: int, most: int, settings: Sequence[str]) ->
 
 
 class _EnoughError(Exception):
-    """Ends sampling when its time is up, or when that would come too soon."""
+    """Ends sampling: its time is up, or what was to be known is known."""
+
+
+class _Timer:
+    """Progress that ends after a few tokens of each completion.
+
+    Attributes:
+        seconds: that a token of each takes, without the first; 0 if all ended before.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._steps, self._began = 0, 0.0
+
+    def __call__(self, completions: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
+        now = time.monotonic()
+        self._steps += 1
+        if self._steps == 1:
+            self._began = now
+        elif self._steps == _TIMED:
+            self.seconds = (now - self._began) / (_TIMED - 1)
+            raise _EnoughError
 
 
 class _Watch:
-    """Progress of sampling: the lengths of completions that ended, and the tokens of all.
+    """Progress that ends when the time is up, and shows when that will be or all completions have ended.
 
     Args:
         seconds: when to end, from the first token on.
-        needs: tokens of each completion that must be possible in that time; else it ends after a few.
+        count: completions.
+        most: tokens of each at most.
+        bar: in units of completions.
 
     Attributes:
-        is_too_slow: whether it ended for that reason.
+        ended: lengths of completions that ended.
+        tokens: of all.
     """
 
-    def __init__(self, seconds: float, needs: int = 0) -> None:
+    def __init__(self, seconds: float, count: int, most: int, bar: Task) -> None:
         self.ended: list[int] = []
-        self.tokens = self._steps = 0
-        self.is_too_slow = False
-        self._seconds, self._needs = seconds, needs
+        self.tokens = 0
+        self._seconds, self._count, self._bar = seconds, count, bar
+        self._drawing = Drawing(count, most)
         self._began: float | None = None
 
     def __call__(self, completions: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
         now = time.monotonic()
-        self._began = self._began or now  # with the first token, when the model is loaded
+        self._began = self._began or now
         self.ended += lengths or ()
         self.tokens += tokens
-        self._steps += 1
+        self._drawing(completions, tokens, lengths)
         took = now - self._began
-        self.is_too_slow = self._steps == _TIMED and took * self._needs > (_TIMED - 1) * self._seconds
-        if took > self._seconds or self.is_too_slow:
+        if took > self._seconds:
             raise _EnoughError
+        self._show(completions, took, self._seconds - took, now)
+
+    def _show(self, completions: int, took: float, most: float, now: float) -> None:
+        left = self._drawing.seconds_left(now)
+        left = most if left is None else min(left, most)
+        self._bar.within(
+            self._count * took / max(took + left, 1e-9) - len(self.ended),
+            f"{self.tokens:,} tokens \u00b7 Ctrl-C skips",
+            ended=completions,
+            left=left,
+        )

@@ -31,6 +31,7 @@ _FRAME = 4
 """Lines of a chart around its area: title, two borders, labels."""
 _GAP = 3
 _FINDINGS, _PROMPTS = 3, 2
+_LEAVE = Text("Ctrl-C ends watching, not the run", style="dim")
 
 
 def watch(folder: Path, console: Console) -> LiveRun:
@@ -49,7 +50,7 @@ def watch(folder: Path, console: Console) -> LiveRun:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while run.is_running:
                 began = time.monotonic()
-                live.update(picture(run, console.width, console.height), refresh=True)
+                live.update(Group(picture(run, console.width, console.height - 1), _LEAVE), refresh=True)
                 spent = time.monotonic() - began
                 time.sleep(max(EVERY, _IDLE * spent))
                 run = watcher.look()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_cli.chat.conversation import Conversation
 from rlhf_cli.chat.files import ChatFiles
+from rlhf_cli.chat.loading import BackgroundLoading
 from rlhf_cli.chat.models import ChatModels, find_models
 from rlhf_cli.data.records import Message, seed_for
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.torch_generator import TorchGenerator, stream
 from rlhf_cli.settings.shared import SamplingSettings
 
@@ -191,3 +196,63 @@ def test_models_are_chosen_by_name(tiny_llama, tiny_gpt2, tmp_path):
     with pytest.raises(UsageError, match="no model `other`") as caught:
         find_models([str(tiny_llama)], only=["other"], sampling=SHORT)
     assert tiny_llama.name in (caught.value.hint or "")
+
+
+def test_models_are_loaded_before_the_first_question(models, monkeypatch):
+    scores = SimpleNamespace(score=lambda prompts, completions: [0.5])
+    loaded_by = []
+    monkeypatch.setattr(ChatModels, "load_reward_model", lambda _: loaded_by.append(thread()) or scores)
+    used = users_of_weights(monkeypatch)
+    conversation = Conversation(replace(models, reward=models.models[0].policy.source))
+    with conversation.loading_models():
+        replies = list(conversation.ask("Hello", ignore))
+    assert used[:3] == ["loading_0", "loading_0", "MainThread"], "one after the other, beside the person's thread"
+    assert loaded_by == ["loading_0"]
+    assert [reply.reward for reply in replies] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_load_that_fails_is_tried_again_where_its_error_is_seen(models, monkeypatch, fails):
+    used = users_of_weights(monkeypatch, fails=fails)
+    conversation = Conversation(ChatModels(models.models[:1]))
+    with conversation.loading_models():
+        if fails == 2:
+            with pytest.raises(DataError, match="no memory"):
+                list(conversation.ask("Hello", ignore))
+        assert len(list(conversation.ask("Hello", ignore))) == 1
+    assert used[:2] == ["loading_0", "MainThread"]
+
+
+def test_a_chat_that_ends_loads_no_more():
+    begun, is_open = threading.Event(), threading.Event()
+    loaded = []
+
+    def load(name: str) -> None:
+        begun.set()
+        is_open.wait()
+        loaded.append(name)
+
+    loading = BackgroundLoading([(name, partial(load, name)) for name in ("base", "ppo")])
+    begun.wait()
+    threading.Timer(0.2, is_open.set).start()
+    loading.close()
+    assert loaded == ["base"], "it was being loaded"
+
+
+def thread() -> str:
+    return threading.current_thread().name
+
+
+def users_of_weights(monkeypatch, *, fails: int = 0) -> list[str]:
+    """The threads that ask for weights, in order; the first of them fail."""
+    used: list[str] = []
+    whole = Policy.model
+
+    def model(self):
+        used.append(thread())
+        if len(used) <= fails:
+            raise DataError("no memory")
+        return whole(self)
+
+    monkeypatch.setattr(Policy, "model", model)
+    return used

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +84,34 @@ def test_a_trial_gives_the_time_and_the_length_of_completions(small: Path, monke
     assert ppo.rates.mean is not None
     assert 4 < ppo.rates.mean <= 8, "few of the tokens of this model end a completion"
     assert found.seconds == pytest.approx(sum(sum(stage.seconds.values()) for stage in found.stages if stage.seconds))
+
+
+def test_a_bar_shows_how_far_the_trials_are(small: Path, monkeypatch):
+    shown: list[tuple[str, float, float | None, bool]] = []
+
+    def within(units: float, doing: str, *, left: float | None, is_guess: bool) -> None:
+        shown.append((doing, units, left, is_guess))
+
+    bar = SimpleNamespace(within=within, advance=lambda: shown.append(("advance", 1.0, None, False)))
+    begun: list[tuple[str, int]] = []
+
+    def task(label: str, total: int, *_args: str, **_options: bool):
+        begun.append((label, total))
+        return nullcontext(bar)
+
+    monkeypatch.setattr(planning, "TRIAL_SECONDS", 0.5)
+    monkeypatch.setattr(planning, "task", task)
+    plan_run(load_recipe(small, []), small.parent / "run", Selection())
+    assert begun == [("measuring", 2)]
+    number = [doing for doing, *_ in shown].index("advance")
+    rewards, ppo = shown[:number], shown[number + 1 : -1]
+    assert {doing.partition(":")[0] for doing, *_ in rewards} == {"train-rm"}
+    assert "ppo: sampling" in [doing for doing, *_ in ppo]
+    for rows in (rewards, ppo):
+        assert [units for _, units, *_ in rows] == sorted(units for _, units, *_ in rows)
+    assert rewards[0][2] is None, "nothing to go by yet"
+    assert all(is_guess for *_, is_guess in rewards)
+    assert all(left is not None and not is_guess for *_, left, is_guess in ppo), "a trial tells how long the next takes"
 
 
 def test_the_command_says_what_does_not_fit_and_what_to_change(small: Path, rlhf_here, monkeypatch, capsys):

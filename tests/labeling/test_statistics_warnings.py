@@ -42,6 +42,20 @@ def test_the_interval_draws_prompts_and_not_pairs():
     assert 0.05 < widths[1] < 0.1, "40 prompts without a fault are no proof that there is none"
 
 
+@pytest.mark.parametrize(("first", "shown"), [(100, "first"), (-100, "last")])
+def test_advice_to_one_annotator_does_not_speak_of_others(first, shown):
+    report = statistics(crowd([Person("ana", noise=0, first=first, seconds=1.5)], items=60, overlap=1), seed=0)
+    assert kinds(report, "ana") >= {"order", "habit"}
+    assert "order" not in kinds(report, "all labels"), "it is said once"
+    advice = {warning.kind: warning.advice for warning in report.warnings}
+    assert advice["order"] == (
+        f"read all completions before you rank; check the labels where the completion shown {shown} wins before you "
+        "train on them"
+    )
+    assert advice["habit"].endswith("exclude them and rank these prompts again")
+    assert not [one for one in advice.values() if "talk to them" in one or "ask" in one.split()]
+
+
 def test_a_labeler_who_clicks_the_first_completion_is_found():
     people = [*(Person(f"p{number}") for number in range(4)), Person("hasty", noise=0, first=100, seconds=1.5)]
     report = statistics(crowd(people, items=250, overlap=2, gold=10, repeats=0.2), seed=0)

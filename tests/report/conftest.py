@@ -46,8 +46,15 @@ class Runs:
     ) -> Path:
         run = self.folder / name
         label = {"label": {"by": "function", "function": "kinds/judge.py:score"}}
+        warned = [
+            {"kind": kind, "about": "ana", "text": text, "advice": "read them"}
+            for kind, text in (("order", "favors the first"), ("one person", "labeled all"))
+        ]
+        files = {"rankings.jsonl": "", "warnings.json": json.dumps(warned)}
         sizes = {"prompts": 320.0, "completions": 1280.0}
-        self.stage(run, "label", settings={}, metrics=sizes, sections=label, inputs={"function": labeled_by})
+        self.stage(
+            run, "label", settings={}, metrics=sizes, sections=label, inputs={"function": labeled_by}, files=files
+        )
         accuracy = {"rm/accuracy": 0.71, "rm/accuracy_low": 0.6, "rm/accuracy_high": 0.8}
         trained = {"records": 900.0, "steps": 40.0}
         self.stage(

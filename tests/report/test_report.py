@@ -70,6 +70,7 @@ def test_the_verdict(runs, changes, outcome, headline):
         ({"kl": 45.0}, "The KL is 45 nats"),
         ({}, "Training, length: twice as long"),
         ({}, "`evaluate` skipped 2 records"),
+        ({}, "Labels, ana: favors the first."),
         ({}, "another seed may give another result"),
     ],
 )
@@ -77,6 +78,7 @@ def test_what_is_doubted(runs, changes, doubt):
     found = "\n".join(verdict(read_run(runs.write(**changes))).doubts)
     assert doubt in found
     assert "Training, reward" not in found, "which was fine"
+    assert "labeled all" not in found, "which limits the result, and does not put it in doubt"
 
 
 def test_several_policies_are_decided_by_the_interval_for_all_of_them(runs):

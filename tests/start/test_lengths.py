@@ -37,8 +37,8 @@ def test_what_was_not_sampled_for_long_gets_a_guess(sampled, limit):
     assert found.limit(1024) == limit
     assert found.limit(200) == 192
     assert found.described(limit, 1024) == [
-        f"limit of a completion: {limit} tokens, a guess: 2 of 12 sampled completions had ended after {sampled} "
-        "tokens, where sampling was stopped; if many are cut off, raise `max_new_tokens` in the recipe"
+        f"limit of a completion: {limit} tokens; what it cuts off is not known: 2 of 12 sampled completions had ended "
+        f"after {sampled} tokens, where sampling was stopped; if that is much, raise `max_new_tokens` in the recipe"
     ]
 
 
@@ -73,3 +73,12 @@ def test_what_is_said_of_a_limit():
         "limit of a completion: 128 tokens; about 19% of 4 sampled completions are cut off (1 had not ended after 100 "
         "tokens, where sampling was stopped)"
     )
+
+
+def test_what_a_limit_cuts_off_is_known_of_all_that_was_sampled():
+    """Too few ended to tell how long completions are, and all the same that most exceed a limit."""
+    found = Lengths([20, 21], running=10, sampled=130)
+    assert [found.tells(limit) for limit in (100, 130, 131)] == [True, True, False]
+    (said,) = found.described(100, 1024)
+    assert said == "limit of a completion: 100 tokens; 83% of 12 sampled completions are cut off"
+    assert [found.cuts_most(limit) for limit in (100, 131)] == [True, False]

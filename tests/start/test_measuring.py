@@ -17,20 +17,21 @@ from rlhf_cli.start.writing import write_recipe
 from tests.start.conftest import said
 
 
-def test_completions_of_a_few_prompts_are_sampled_to_their_end(draft):
+def test_completions_of_a_few_prompts_are_sampled_to_their_end(draft, capsys):
     made = draft()
     assert len(made.prompts.sample) == 10, "of 30 prompts, every third"
     found = sample_lengths(made.model, made.prompts.sample, 40, ())
     assert found is not None
     assert found.count == 10
     assert all(1 <= length <= 40 for length in found.ended)
+    assert "sampling completions: 10 completions" in said(capsys), "on a terminal, a bar"
     assert found == sample_lengths(made.model, made.prompts.sample, 40, ()), "the seeds are fixed"
 
 
 def test_sampling_ends_when_its_time_is_up(draft):
     made = draft()
     found = sample_lengths(made.model, made.prompts.sample, 200, (), seconds=-1.0)
-    assert (found.count, found.is_guess, found.sampled) == (10, True, 1)
+    assert (found.count, found.is_guess, found.sampled) == (4, True, 1)
 
 
 def test_the_last_completion_may_end_when_the_time_is_up(draft, monkeypatch):
@@ -39,7 +40,7 @@ def test_the_last_completion_may_end_when_the_time_is_up(draft, monkeypatch):
         progress(len(requests), len(requests), [2] * len(requests))
 
     monkeypatch.setattr("rlhf_cli.generation.torch_generator.TorchGenerator.generate", generate)
-    clock = iter([1.0, 101.0])
+    clock = iter([1.0, 2.0, 1.0, 101.0])  # to time a token, then to sample
     monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     made = draft()
     assert sample_lengths(made.model, made.prompts.sample, 4, ()) == Lengths([2] * 10)
@@ -101,12 +102,39 @@ def test_lengths_of_demonstrations_count_where_the_model_learns_them(draft, tmp_
     assert made.lengths.share_ended(made.max_new_tokens()) >= 0.75
 
 
-def test_a_limit_that_the_user_gave_stays(draft, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_cli.start.measuring.sample_lengths", None)
-    made = draft("sampling.max_new_tokens=17")
-    assert with_lengths(made) == made
+@pytest.mark.parametrize("setting", ["sampling.max_new_tokens=17", "sampling={max_new_tokens: 17}"])
+def test_a_limit_that_the_user_gave_stays_and_its_cost_is_said(draft, tmp_path, capsys, monkeypatch, setting):
+    most = []
+
+    def sampled(_model, _prompts, longest, _settings) -> Lengths:
+        most.append(longest)
+        return Lengths([10, 30], running=10, sampled=longest)
+
+    monkeypatch.setattr("rlhf_cli.start.measuring.sample_lengths", sampled)
+    made = with_lengths(draft(setting))
+    assert most == [34], "to say what twice the limit cuts off"
+    text = said(capsys)
+    assert "limit of a completion: 17 tokens; 92% of 12 sampled completions are cut off" in text
+    assert "a limit of 34 would cut off about 83%" in text
+    assert "judge only how they begin: raise `sampling.max_new_tokens`, or ask for short replies" in text
     write_recipe(made, tmp_path / "mine.yaml", "rlhf start")
     assert load_recipe(tmp_path / "mine.yaml").recipe.sampling.max_new_tokens == 17
+    assert "about 92% are cut off" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_limits_of_single_stages_are_judged_too(draft, capsys, monkeypatch):
+    ends = [20] * 9 + [200]
+    monkeypatch.setattr("rlhf_cli.start.measuring.sample_lengths", lambda *_: Lengths(ends))
+    with_lengths(draft("ppo.max_new_tokens=10", "label.sampling.max_new_tokens=20"))
+    text = said(capsys)
+    assert "`ppo.max_new_tokens: 10`; 100% of 10 sampled completions are cut off" in text
+    assert "`label.sampling.max_new_tokens: 20`; 10% of 10 sampled completions are cut off" in text
+    assert "judge only how they begin: raise `ppo.max_new_tokens`, or" in text
+
+
+def test_a_limit_that_leaves_the_value_open_is_the_default(draft, monkeypatch):
+    assert draft("sampling.max_new_tokens=null").max_new_tokens() == 128
+    assert draft("sampling.temperature=1").given_limit is None
 
 
 def test_a_model_that_does_not_end_is_told(draft, capsys, monkeypatch):

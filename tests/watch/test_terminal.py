@@ -38,6 +38,25 @@ def test_it_fits_the_terminal(ppo_run, width, height):
     assert not set("\x1b\u202e") & set(text)
 
 
+def test_the_view_says_how_to_leave_it(ppo_run, monkeypatch):
+    ppo_run.progress()
+    drawn: list[list[str]] = []
+
+    def update(live, picture, **_):
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        console.print(picture)
+        drawn.append(console.file.getvalue().splitlines())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal.Live, "update", update)
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
+    with pytest.raises(KeyboardInterrupt):
+        terminal.watch(ppo_run.folder, console)
+    (lines,) = drawn
+    assert lines[-1] == "Ctrl-C ends watching, not the run"
+    assert len(lines) <= 24
+
+
 def test_two_charts_stand_side_by_side_where_there_is_room(ppo_run):
     def heads(width: int) -> int:
         return sum("Reward (mean" in line and "KL (nats" in line for line in shown(ppo_run, width))

@@ -45,15 +45,16 @@ def warnings_of(report: LabelReport, labels: Sequence[LabelRecord]) -> tuple[Lab
     """All warnings; those about all labels come first."""
     level = 1 - 0.05 / max(1, len(report.annotators))
     found = [*_of_all_labels(report), *_of_prompts(labels)]
+    is_alone = _is_alone(report)
     for one in report.annotators:
-        found += _of_annotator(one, level)
+        found += _of_annotator(one, level, is_alone=is_alone)
     return tuple(found)
 
 
 def _of_all_labels(report: LabelReport) -> Iterator[LabelWarning]:
     yield from _overlap(report)
     first, longer = report.first_shown, report.longer
-    if _favors_a_position(first):
+    if _favors_a_position(first) and not _is_alone(report):  # else the annotator is warned of
         yield LabelWarning(
             "order",
             ALL_LABELS,
@@ -135,15 +136,22 @@ def _of_prompts(labels: Sequence[LabelRecord]) -> Iterator[LabelWarning]:
             )
 
 
-def _of_annotator(one: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
+def _is_alone(report: LabelReport) -> bool:
+    """Whether one annotator gave all labels, and is likely to be the one who reads this."""
+    return len(report.annotators) == 1
+
+
+def _of_annotator(one: AnnotatorReport, level: float, *, is_alone: bool) -> Iterator[LabelWarning]:
     yield from _consistency(one, level)
     if _favors_a_position(one.first_shown, level):
         yield LabelWarning(
             "order",
             one.name,
             f"favors the completion shown {_favored(one.first_shown)}: the earlier-shown one wins "
-            f"{_with_interval(one.first_shown)} of their untied pairs, where a random order gives 50 %",
-            "talk to them; check their labels where the first-shown completion wins before you train on them",
+            f"{_with_interval(one.first_shown)} of {'' if is_alone else 'their '}untied pairs, where a random order "
+            "gives 50 %",
+            f"{'read all completions before you rank' if is_alone else 'talk to them'}; check the labels where the "
+            f"completion shown {_favored(one.first_shown)} wins before you train on them",
         )
     pace = one.pace
     if pace is not None and pace.labels >= ENOUGH_LABELS and pace.fast_share > MOST_FAST:
@@ -161,7 +169,8 @@ def _of_annotator(one: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
             "habit",
             one.name,
             f"gave the same ranking by position, {habit.pattern}, in {habit.times:,} of {habit.of:,} labels",
-            "the order of presentation is random, so these are not judgments: exclude them and ask what happened",
+            "the order of presentation is random, so these are not judgments: exclude them and "
+            f"{'rank these prompts again' if is_alone else 'ask what happened'}",
         )
     shown = one.labels + one.skipped + one.flagged
     if shown >= ENOUGH_LABELS and one.skipped + one.flagged > MOST_SKIPS * shown:
@@ -170,7 +179,8 @@ def _of_annotator(one: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
             one.name,
             f"skipped or flagged {one.skipped + one.flagged:,} of {shown:,} items "
             f"({(one.skipped + one.flagged) / shown:.0%})",
-            "ask why: unclear guidelines, a language they do not read, or prompts that cannot be labeled",
+            f"{'see the reasons' if is_alone else 'ask why'}: unclear guidelines, a language that they do not read, or "
+            "prompts that cannot be labeled",
         )
 
 

@@ -17,6 +17,7 @@ from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import SessionProgress
 from rlhf_cli.labeling.statistics.summary import statistics
+from rlhf_cli.labeling.warnings import write_warnings
 from rlhf_cli.progress import warn
 from rlhf_cli.quoting import word
 from rlhf_cli.stages.inputs import source_of
@@ -70,6 +71,7 @@ def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanL
         session.close()
     write_labels(context.output / "labels.jsonl", labels)
     warnings = statistics(labels, seed=context.recipe.seed).warnings
+    write_warnings(context.output, warnings)
     if warnings:
         one = len(warnings) == 1
         warn(
