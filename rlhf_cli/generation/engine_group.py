@@ -101,7 +101,7 @@ class EngineGroup:
             if self.members is None:
                 stop()
             elif steps % _STEPS_PER_STOP == 0:
-                _stop_together(stop, self.members)
+                _agree_on_stop(stop, self.members)
 
         outputs = engine.run(requests.every, sampling, stop_ids, after_step)
         if self.members is not None:
@@ -109,7 +109,7 @@ class EngineGroup:
         return outputs[requests.own]
 
 
-def _stop_together(stop: Callable[[], object], members: Subgroup) -> None:
+def _agree_on_stop(stop: Callable[[], object], members: Subgroup) -> None:
     """Raise `Interrupted` in all processes if `stop` raises it in one, for which the others would wait."""
     signum: int | None = None
     try:

@@ -165,22 +165,22 @@ class VLLMGenerator:
             SharedEngineError: vLLM fails, and the processes that share the engine wait for this one.
             DivergedError: the policy's log-probabilities are not finite.
         """
-        together = self._group.gather(requests)
-        if not together.every and not _is_shared(policy):
+        gathered = self._group.gather(requests)
+        if not gathered.every and not _is_shared(policy):
             return []
-        if not all(request.prompt_ids for request in together.every):
+        if not all(request.prompt_ids for request in gathered.every):
             raise ModelError(
                 "a prompt has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
-        longest = max((len(request.prompt_ids) for request in together.every), default=0)
+        longest = max((len(request.prompt_ids) for request in gathered.every), default=0)
         engine = self._loaded(policy, longest + policy.sampling.max_new_tokens)
         try:
             outputs = []
-            if together.every:
+            if gathered.every:
                 with self._explained("sampling", is_awaited=self.is_shared):
                     outputs = self._group.draw(
-                        engine, together, policy.sampling, policy.stop_ids, progress=progress, stop=stop
+                        engine, gathered, policy.sampling, policy.stop_ids, progress=progress, stop=stop
                     )
         except SharedEngineError:
             raise  # as in `start`
