@@ -15,7 +15,8 @@
 #   --scratch   folder for the models, 25 GB (/dev/shm if it has the space, else the folder of results)
 #   --smoke     the sections up to `sft` on tiny shapes, on any machine, in about a minute
 #   --vllm      only vLLM, with the Python of its environment: the interface that we rely on, rollouts on the policy's
-#               GPU, and, with two GPUs, rollouts on a server and in a sharded run; what the machine lacks is skipped
+#               GPU, and, with two GPUs, rollouts on a server, in a sharded run, and with one engine of both GPUs; what
+#               the machine lacks is skipped
 set -uo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -95,7 +96,7 @@ section models-1b 60 "$python" "$here/comparison.py" model "$models/1b" --shape 
 if [ "$vllm" = 1 ]; then
     # Random weights: their probabilities are flat, so the drift is that of rounding alone.
     check=("$here/vllm_check.py" --model "$models/1b" "${vllm_sizes[@]}")
-    for part in vllm vllm-server vllm-sharded; do
+    for part in vllm vllm-server vllm-sharded vllm-parallel; do
         if lacks="$("$python" "${check[@]}" --lacks "$part")"; [ -n "$lacks" ]; then
             skip "$part" "$lacks"
         else

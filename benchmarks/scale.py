@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from rlhf_cli.stages.ppo.workload import ppo_work
 from rlhf_cli.stages.workload import Workload
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-PLANNED, COUNTS, SERVED = ("h100", "h200"), (1, 8, 64), (8, 32)
+PLANNED, COUNTS, DIVIDED, SERVED = ("h100", "h200"), (1, 8, 64), (8, 64), (8, 32)
+LARGE, ENGINE_GPUS = ("32b", "70b"), (1, 2, 4, 8)
 PROMPT, COMPLETION = 512, 1_024
 STEP = {
     "steps": 1,
@@ -54,7 +55,7 @@ class Case:
         mean: tokens of a completion.
         longest: most tokens of a completion.
         share: `generation.gpu_memory_utilization` with vLLM; None is the torch engine.
-        engine_gpus: see `Predictor`.
+        engine_gpus: `generation.tensor_parallel_size` with vLLM.
         has_reward_model: whether a reward model scores the completions.
         server_gpus: further GPUs, of a vLLM server that draws.
     """
@@ -81,6 +82,7 @@ class Case:
         generation: dict[str, object] = {"engine": "torch"}
         if self.share is not None:
             generation = {"engine": "vllm", "gpu_memory_utilization": self.share}
+            generation["tensor_parallel_size"] = self.engine_gpus
         if self.server_gpus:
             generation = {"vllm_server": "http://server:8000"}
         recipe = Recipe.model_validate(
@@ -107,8 +109,7 @@ class Case:
         target = Target(self.cluster, server_gpus=self.server_gpus)
         extent = target.extent(Extent(self.shape, reward, tokens=work.largest, prompt=self.prompt), work)
         predictor = Predictor(
-            self.cluster, recipe, extent, settings.gradient_checkpointing, is_full, self.engine_gpus,
-            target.server(extent, work),
+            self.cluster, recipe, extent, settings.gradient_checkpointing, is_full, target.server(extent, work)
         )  # fmt: skip
         return ppo_memory(settings, recipe, extent), predictor, work
 
@@ -124,12 +125,42 @@ def predictions(gpu: str) -> Iterator[str]:
 
 
 def _cells(shape: ModelShape, cluster: Cluster, adapter: str) -> tuple[str, str, str]:
-    memory, phases = Case(shape, cluster, {**STEP, "adapter": adapter}).predict()
+    return _step(*Case(shape, cluster, {**STEP, "adapter": adapter}).predict(), cluster)
+
+
+def _step(memory: MemoryNeed, phases: Mapping[str, Took], cluster: Cluster) -> tuple[str, str, str]:
     if memory.total > cluster.memory:
         large = [f"`{phase}`" for phase in memory.phases if memory.of(phase) > cluster.memory]
         return f"{memory.total / 1e9:,.0f}", "", f"do not fit: {', '.join(large)}"
     longest = max(phases, key=lambda phase: phases[phase].total)
     return f"{memory.total / 1e9:,.0f}", f"{seconds(phases):,.0f}", f"`{longest}`: {phases[longest].limit}"
+
+
+def with_vllm() -> Iterator[str]:
+    """Yield the lines of the table of vLLM on the GPUs that train, each engine on as few of them as hold it."""
+    yield "| GPUs | model | adapter | GPUs per engine | share | GB per GPU | step, s | longest phase |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for gpu in PLANNED:
+        for count in DIVIDED:
+            cluster = Cluster.of(gpu, count)
+            for name in LARGE:
+                for adapter in ("none", "lora"):
+                    cells = _with_vllm(SIZES[name], cluster, adapter)
+                    yield f"| {count} {gpu.upper()} | {name.upper()} | `{adapter}` | {' | '.join(cells)} |"
+
+
+def _with_vllm(shape: ModelShape, cluster: Cluster, adapter: str) -> tuple[str, ...]:
+    """Return the cells of a step: vLLM has what else is free on a GPU while it draws, in steps of a tenth."""
+    for size in ENGINE_GPUS:
+        least = Case(shape, cluster, {**STEP, "adapter": adapter}, share=0.01, engine_gpus=size)
+        phase = least.predict()[0].phases["rollout"]
+        free = 1.0 - sum(bytes_ for role, bytes_ in phase.items() if role != "vLLM") / cluster.memory
+        share = int(10 * min(free, 0.9)) / 10
+        if share > 0.0 and share * cluster.memory >= phase["vLLM"]:
+            memory, phases = replace(least, share=share).predict()
+            held, took, longest = _step(memory, phases, cluster)
+            return str(size), f"{share:g}", held, took, longest
+    return "none fits", "", "", "", ""
 
 
 def with_server() -> Iterator[str]:
@@ -257,6 +288,7 @@ def tables() -> dict[str, str]:
     """Return the tables of the page by name."""
     head = ["| published | value | predicted here | published / predicted |", "|---|---|---|---|"]
     found = {gpu: "\n".join(predictions(gpu)) for gpu in PLANNED}
+    found["vllm"] = "\n".join(with_vllm())
     found["server"] = "\n".join(with_server())
     found["gpus"] = "\n".join(_data_sheets())
     return found | {"published": "\n".join([*head, *(one.line() for one in published())])}

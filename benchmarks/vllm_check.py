@@ -1,7 +1,7 @@
 """Run the vLLM engine for real, where a GPU and vLLM are: does it draw what the policy would, and how fast?
 
     .venv-vllm/bin/python benchmarks/vllm_check.py [--model MODEL] [--completions 256] [--tokens 256]
-    .venv-vllm/bin/python benchmarks/vllm_check.py --part vllm-server ...   # on two GPUs, and vllm-sharded too
+    .venv-vllm/bin/python benchmarks/vllm_check.py --part vllm-server ...   # on two GPUs, as the others
 
 1. `interface`: every name and parameter of docs/generation.md exists in the installed vLLM. Needs no GPU.
 2. `rollout`: a policy with a random LoRA adapter draws completions twice, with the adapter changed in between; the
@@ -15,7 +15,8 @@ the seconds of handing weights over, tokens per second, and the same requests ag
 started again.
 
 `--part vllm-sharded` runs `rlhf ppo` on two GPUs with `model.sharding: fsdp` and an engine in each process, and
-checkpoints in the background: drift and seconds of each step.
+checkpoints in the background: drift and seconds of each step. `--part vllm-parallel` does the same with one engine of
+both processes (`generation.tensor_parallel_size`).
 
 Prints one JSON object. `--lacks PART` prints what the machine lacks for a part, and nothing else. Exit status 1 if a
 check failed.
@@ -45,7 +46,9 @@ from typing import Any
 import torch
 
 RELIED_ON = {
-    "vllm.entrypoints.llm:LLM.__init__": "model skip_tokenizer_init dtype seed gpu_memory_utilization",
+    "vllm.entrypoints.llm:LLM.__init__": (
+        "model skip_tokenizer_init dtype seed gpu_memory_utilization tensor_parallel_size"
+    ),
     "vllm.engine.arg_utils:EngineArgs.__init__": (
         "load_format max_model_len max_num_batched_tokens enable_prefix_caching enable_sleep_mode logprobs_mode "
         "generation_config model_impl distributed_executor_backend"
@@ -83,7 +86,7 @@ RELIED_ON = {
 """Object -> parameters that the package uses."""
 
 
-GPUS = {"vllm": 1, "vllm-server": 2, "vllm-sharded": 2}
+GPUS = {"vllm": 1, "vllm-server": 2, "vllm-sharded": 2, "vllm-parallel": 2}
 """Part -> GPUs that it needs: NCCL does not connect two processes on one."""
 _STEPS = 4
 
@@ -140,7 +143,8 @@ def main() -> int:
     lacking = missing()
     report: dict[str, Any] = {"interface": lacking or "complete"}
     if torch.cuda.is_available():
-        report |= {"vllm": on_gpu, "vllm-server": on_server, "vllm-sharded": on_shards}[given.part](given)
+        parts = {"vllm": on_gpu, "vllm-server": on_server, "vllm-sharded": on_shards, "vllm-parallel": on_shards}
+        report |= parts[given.part](given)
     else:
         report["rollout"] = "skipped: there is no GPU"
     print(json.dumps(report, indent=2))
@@ -256,6 +260,7 @@ def on_shards(given: argparse.Namespace) -> dict[str, Any]:
             "generation.gpu_memory_utilization": given.memory, "data.holdout": 0, "ppo.steps": _STEPS,
             "ppo.prompts_per_step": given.completions // 8, "ppo.samples_per_prompt": 8, "ppo.checkpoint_steps": 1,
             "ppo.max_new_tokens": given.tokens, "ppo.reward_scale": 0.01,
+            "generation.tensor_parallel_size": 2 if given.part == "vllm-parallel" else 1,
         }  # fmt: skip
         command = [sys.executable, "-m", "rlhf_cli", "ppo", "--processes", "2", "--model", model]
         command += ["--prompts", "prompts.jsonl", "--function", "rate.py:score", "--run-dir", "run"]

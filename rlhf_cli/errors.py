@@ -139,6 +139,17 @@ class ServerLostError(RLHFError):
     code = "server-lost"
 
 
+class SharedEngineError(RLHFError):
+    """An engine that several processes share failed in this one: the others wait in the middle of its work.
+
+    So it is not an error that processes agree on (`distributed.agreement`): it ends this process, and the launcher ends
+    the others.
+    """
+
+    code = "model"
+    exit_code = EXIT_DATA
+
+
 class DiskError(RLHFError):
     """The disk is full or cannot be written; the last good state is kept."""
 

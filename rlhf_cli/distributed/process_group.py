@@ -146,18 +146,29 @@ class _Collectives:
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Every process's message, in order of rank."""
-        import torch
-        import torch.distributed
+        return exchanged(message, world_size())
 
-        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
-        with waiting():
-            torch.distributed.all_gather(sizes, torch.tensor([len(message)]))
-        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-        padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-        found = [torch.zeros_like(padded) for _ in range(world_size())]
-        with waiting():
-            torch.distributed.all_gather(found, padded)
-        return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]
+
+def exchanged(message: bytes, count: int, group: Any = None) -> list[bytes]:
+    """Return the message of every process of a group, in order of rank.
+
+    Args:
+        message: of this process.
+        count: processes of the group.
+        group: torch's group with gloo; None is that of all processes.
+    """
+    import torch
+    import torch.distributed
+
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(count)]
+    with waiting():
+        torch.distributed.all_gather(sizes, torch.tensor([len(message)]), group=group)
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+    padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    found = [torch.zeros_like(padded) for _ in range(count)]
+    with waiting():
+        torch.distributed.all_gather(found, padded, group=group)
+    return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]
 
 
 def join_launched() -> None:

@@ -16,18 +16,12 @@ import torch
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, ServerLostError
+from rlhf_cli.generation.engine_check import PROBE, check_probabilities, finite, probe_requests
 from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_draw import Draw, Drawn, PendingDraw
-from rlhf_cli.generation.vllm_generator import (
-    PROBE,
-    Obstacle,
-    check_probabilities,
-    finite,
-    obstacle,
-    probe_requests,
-)
+from rlhf_cli.generation.vllm_generator import Obstacle, obstacle
 from rlhf_cli.generation.vllm_server import CLIENT, LostError, VLLMServer, client_version
 from rlhf_cli.models.gathering import GatheredItems
 from rlhf_cli.models.loading import context_length

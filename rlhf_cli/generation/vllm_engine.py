@@ -27,6 +27,7 @@ from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.sharding import class_of
+from rlhf_cli.settings.shared import GenerationSettings
 
 SUPPORTED = "0.32"
 """The series of vLLM whose interface this module knows; vLLM changes it between series."""
@@ -64,15 +65,16 @@ class Engine:
 
     It is made without weights: `load` comes before the first `run` and after every `sleep`.
     In a run of several processes each makes its own, and all of them at the same time: vLLM then forms groups of
-    processes.
+    processes. With `tensor_parallel_size` each of a group holds a part of one engine. All of a group then make the same
+    calls of all methods, with the same requests.
 
     Args:
         model: whose architecture it has.
+        settings: its share of the GPU, and the processes that share it.
         shape: `shape_of` the policy.
         dtype: of its weights and products.
         length: longest sequence, in tokens, that it has to hold.
         longest: longest sequence that the model supports.
-        memory: share of the GPU's memory that it may use.
 
     Attributes:
         shape: as given.
@@ -82,7 +84,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, shape: str, dtype: torch.dtype, length: int, longest: int, memory: float
+        self,
+        model: PreTrainedModel,
+        settings: GenerationSettings,
+        *,
+        shape: str,
+        dtype: torch.dtype,
+        length: int,
+        longest: int,
     ) -> None:
         _prepare_environment()
         from vllm import LLM  # pyright: ignore[reportMissingImports]
@@ -103,7 +112,8 @@ class Engine:
                 load_format="dummy",  # `load` brings the weights
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=self.length,
-                gpu_memory_utilization=memory,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                tensor_parallel_size=settings.tensor_parallel_size,
                 max_num_batched_tokens=_PREFILL_TOKENS,
                 enable_prefix_caching=True,  # completions of one prompt share its prefill
                 enable_sleep_mode=True,
@@ -127,6 +137,9 @@ class Engine:
         if self.is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self.is_asleep = False
+        if torch.cuda.is_available():
+            # Messages that gathered weights must not be under way on this GPU when those of a shared engine begin.
+            torch.cuda.synchronize()
 
     def sleep(self) -> None:
         """Free the memory of weights and key-value cache; what they held is lost."""

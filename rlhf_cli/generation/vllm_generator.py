@@ -8,7 +8,6 @@ the log-probabilities under which it was drawn, from which PPO corrects for the 
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,36 +15,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.distributed.watchdog import beat
-from rlhf_cli.errors import DivergedError, ModelError, RLHFError, is_raised_here
+from rlhf_cli.distributed.ranks import world_size
+from rlhf_cli.distributed.subgroup import Subgroup
+from rlhf_cli.errors import ModelError, RLHFError, SharedEngineError, is_raised_here
+from rlhf_cli.generation.engine_check import PROBE, TORCH, check_probabilities, probe_requests, sampled_logprobs
+from rlhf_cli.generation.engine_group import EngineGroup, GroupRequests
 from rlhf_cli.generation.generator import Completion, Request
-from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.policy import Policy
-from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.generation.tensor_parallel import indivisible
 from rlhf_cli.generation.vllm_engine import SUPPORTED, Engine, has_architecture, installed_version, shape_of
 from rlhf_cli.memory import is_out_of_memory, machine_memory
 from rlhf_cli.models.gathering import GatheredItems
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.quantize import quantized
-from rlhf_cli.models.sharding import class_of, computing, is_sharded
+from rlhf_cli.models.sharding import class_of, is_sharded
 from rlhf_cli.settings.shared import GenerationSettings
 
 _LOWEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this."""
-TORCH = "use `--set generation.engine=torch` (an unfinished stage then starts again: `--force`)"
-
-# Mean difference in nats up to which log-probabilities of both engines are equal but for rounding. Wrong or missing
-# weights are off by whole nats.
-_ROUNDING = {torch.float32: 0.05, torch.bfloat16: 0.25}
-PROBE = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16)
-"""How the requests of a check are drawn."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +53,26 @@ class Obstacle:
     fix: str = TORCH
 
 
-def too_large(policy: Policy, share: float) -> Obstacle | None:
-    """Return that vLLM's share of the device's memory cannot hold the policy; None if it can hold its weights at least.
+def obstacle_of_size(policy: Policy, settings: GenerationSettings) -> Obstacle | None:
+    """Return why a policy cannot be divided as the settings say, or vLLM's share of the device's memory cannot hold its
+    weights; None if nothing speaks against it.
 
-    An engine has whole weights, also those of a sharded policy.
+    The processes of an engine have whole weights together, also those of a sharded policy.
     """
+    size, share = settings.tensor_parallel_size, settings.gpu_memory_utilization
+    if (reason := indivisible(policy.config.to_dict(), size)) is not None:
+        return Obstacle(reason, f"choose another `generation.tensor_parallel_size`, or {TORCH}")
     with policy.model() as model:
-        needed = model.num_parameters() * policy.source.precision.itemsize
+        needed = model.num_parameters() * policy.source.precision.itemsize / size
     memory = machine_memory(policy.source.device.type)
     if needed <= share * memory:
         return None
+    among = "" if size == 1 else f" on each of {size} GPUs"
     return Obstacle(
-        f"its weights take {needed / 1e9:,.1f} GB, and `generation.gpu_memory_utilization: {share:g}` of "
+        f"its weights take {needed / 1e9:,.1f} GB{among}, and `generation.gpu_memory_utilization: {share:g}` of "
         f"{memory / 1e9:,.1f} GB is less",
-        f"give vllm a larger share, use a server (`generation.vllm_server`), or {TORCH}",
+        "give vllm a larger share, divide the weights with `generation.tensor_parallel_size`, use a server "
+        f"(`generation.vllm_server`), or {TORCH}",
     )
 
 
@@ -114,9 +112,13 @@ class VLLMGenerator:
     `Policy.release`; its memory is then free but for CUDA graphs. Weights are handed over before the first completion
     and after every sleep.
 
+    With `generation.tensor_parallel_size` several processes share an engine. They draw their requests together, so all
+    of them call `generate` equally often, also for no requests.
+
     Of a sharded policy every engine gets the whole weights, gathered one layer after another, so all processes of the
-    run draw at the same time, also for no requests. An engine that fails while it starts, takes weights or is checked
-    is an error in all of them. A process that fails to gather weights ends, and the launcher ends the others.
+    run draw at the same time, also for no requests. An engine that fails while it takes weights or is checked is an
+    error in all of them. Where others wait in the middle of a message, a process that fails ends, and the launcher ends
+    the others: while weights are gathered, while engines start, which is a message to all, and in a shared engine.
 
     Args:
         settings: section `generation` of the recipe.
@@ -125,6 +127,7 @@ class VLLMGenerator:
 
     def __init__(self, settings: GenerationSettings, *, longest_prompt: int) -> None:
         self._settings, self._longest_prompt = settings, longest_prompt
+        self._group = EngineGroup(settings.tensor_parallel_size)
         self._checked: weakref.WeakSet[Policy] = weakref.WeakSet()
 
     def start(self, policy: Policy) -> None:
@@ -134,9 +137,12 @@ class VLLMGenerator:
 
         Raises:
             ModelError: vLLM cannot be started, or computes something else.
+            SharedEngineError: likewise, while other processes wait for this one.
         """
         try:
             self._loaded(policy)
+        except SharedEngineError:
+            raise  # the GPU may wait for those of the others: nothing may wait for it
         except RLHFError:
             for engine in engines:
                 engine.sleep()  # it takes no memory from what is used in its place
@@ -156,36 +162,43 @@ class VLLMGenerator:
 
         Raises:
             ModelError: a prompt is empty, or vLLM fails.
+            SharedEngineError: vLLM fails, and the processes that share the engine wait for this one.
             DivergedError: the policy's log-probabilities are not finite.
         """
-        if not requests and not _is_shared(policy):
+        gathered = self._group.gather(requests)
+        if not gathered.every and not _is_shared(policy):
             return []
-        if not all(request.prompt_ids for request in requests):
+        if not all(request.prompt_ids for request in gathered.every):
             raise ModelError(
                 "a prompt has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
-
-        def after_step(ended: int) -> None:
-            beat()
-            progress(ended)
-            stop()
-
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        longest = max((len(request.prompt_ids) for request in gathered.every), default=0)
         engine = self._loaded(policy, longest + policy.sampling.max_new_tokens)
         try:
             outputs = []
-            if requests:
-                with self._explained("sampling"):
-                    outputs = engine.run(requests, policy.sampling, policy.stop_ids, after_step)
-        finally:
+            if gathered.every:
+                with self._explained("sampling", is_awaited=self.is_shared):
+                    outputs = self._group.draw(
+                        engine, gathered, policy.sampling, policy.stop_ids, progress=progress, stop=stop
+                    )
+        except SharedEngineError:
+            raise  # as in `start`
+        except BaseException:
             self._rest(policy)
+            raise
+        self._rest(policy)
         return [_completion(policy, output) for output in outputs]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes draw with the engine of this one, so that none of them can draw alone."""
+        return self._group.size > 1
 
     def _loaded(self, policy: Policy, needed: int = 0) -> Engine:
         """Return the engine with the weights of a policy, awake."""
         with policy.model() as model:
-            processes = ProcessGroup(policy.source.device) if is_sharded(model) else None
+            processes = ProcessGroup(policy.source.device) if is_sharded(model) else self._group.members
             agreed(lambda: self._make(policy, model, needed), processes)
             (engine,) = engines
             if engine.is_asleep or engine.holds() is not policy:
@@ -221,9 +234,8 @@ class VLLMGenerator:
         shape = shape_of(policy.config, dtype)
         length = min(longest, max(needed, self._longest_prompt + policy.sampling.max_new_tokens))
         if not engines:
-            memory = self._settings.gpu_memory_utilization
-            with self._explained("starting"):
-                engines.append(Engine(model, shape=shape, dtype=dtype, length=length, longest=longest, memory=memory))
+            with self._explained("starting", is_awaited=world_size() > 1):
+                engines.append(Engine(model, self._settings, shape=shape, dtype=dtype, length=length, longest=longest))
         (engine,) = engines
         if engine.shape != shape or engine.length < length:
             raise ModelError(
@@ -237,20 +249,22 @@ class VLLMGenerator:
         for engine in engines if policy.may_change else ():
             engine.sleep()
 
-    def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine, processes: ProcessGroup | None) -> None:
+    def _check(
+        self, policy: Policy, model: PreTrainedModel, engine: Engine, processes: ProcessGroup | Subgroup | None
+    ) -> None:
         requests, drawn = probe_requests(policy), list[tuple[list[int], list[float]]]()
 
         def draw() -> None:
-            with self._explained("sampling"):
-                outputs = engine.run(requests, PROBE, (), lambda ended: beat())
-            drawn.extend((list(one.token_ids), _logprobs(one)) for one in outputs)
+            with self._explained("sampling", is_awaited=self.is_shared):
+                outputs = self._group.draw(engine, GroupRequests(requests, slice(None)), PROBE, ())
+            drawn.extend((list(one.token_ids), sampled_logprobs(one)) for one in outputs)
 
         agreed(draw, processes)
         agreed(lambda: check_probabilities(policy, model, requests, drawn), processes)
 
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """Turn what vLLM raises into an error that says what to do."""
+    def _explained(self, what: str, *, is_awaited: bool = False) -> Iterator[None]:
+        """Turn what vLLM raises into an error that says what to do; `is_awaited` while other processes wait for it."""
         try:
             yield
         except Exception as error:
@@ -258,7 +272,8 @@ class VLLMGenerator:
                 raise
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             share = self._settings.gpu_memory_utilization
-            raise ModelError(
+            kind = SharedEngineError if is_awaited else ModelError
+            raise kind(
                 f"vllm failed while {what}: {type(error).__name__}: {reason}",
                 hint=f"{TORCH}, or, if it is about memory, another `generation.gpu_memory_utilization` than {share:g}",
             ) from error
@@ -272,49 +287,6 @@ def _is_shared(policy: Policy) -> bool:
         return is_sharded(model)
 
 
-def probe_requests(policy: Policy) -> list[Request]:
-    """Return the requests of a check; they are drawn with `PROBE`, and nothing ends them early."""
-    size = policy.config.get_text_config(decoder=True).vocab_size
-    return [Request([3 + 7 * step % (size - 3) for step in range(4 + seed)], seed) for seed in range(2)]
-
-
-@torch.no_grad()
-def check_probabilities(
-    policy: Policy, model: PreTrainedModel, requests: Sequence[Request], drawn: Sequence[tuple[list[int], list[float]]]
-) -> None:
-    """Compare the log-probabilities of a few tokens that an engine drew with those that scoring finds.
-
-    Args:
-        policy: whose probabilities they must be.
-        model: of the policy, with its weights active.
-        requests: `probe_requests`.
-        drawn: tokens of each, and their log-probabilities in nats.
-
-    Raises:
-        ModelError: they differ by more than rounding.
-    """
-    prompts, completions = [request.prompt_ids for request in requests], [ids for ids, _ in drawn]
-    was_training = model.training
-    model.eval()
-    batch = SequenceBatch.for_model(model, prompts, completions)
-
-    def compute() -> Tensor:
-        with policy.autocast():
-            hidden = completion_hidden(model, batch)
-            return Projection.of(model).token_logprobs(hidden, batch, temperature=1.0).logprobs
-
-    ours = computing(model, compute)
-    model.train(was_training)
-    theirs = torch.tensor([value for _, logprobs in drawn for value in logprobs])
-    difference = float((ours[batch.is_completion].cpu() - theirs).abs().mean())
-    if not difference <= _ROUNDING[policy.source.precision]:
-        raise ModelError(
-            f"vllm and the policy `{policy.source.path}` itself disagree: log-probabilities differ by "
-            f"{difference:.2g} nats on average",
-            hint=f"{TORCH}, and please report the architecture, {class_of(model).__name__}",
-        )
-
-
 engines: list[Engine] = []
 """The engine of this process, if it has been made: vLLM's sleep mode allows one."""
 
@@ -323,19 +295,4 @@ def _completion(policy: Policy, output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise ModelError(f"vllm ended a completion for the reason `{output.finish_reason}`", hint=TORCH)
     ids = list(output.token_ids)
-    return Completion(ids, policy.decode(ids), output.finish_reason == "stop", _logprobs(output))
-
-
-def _logprobs(output: Any) -> list[float]:
-    """The log-probability of each token that was drawn."""
-    return finite([float(row[token].logprob) for token, row in zip(output.token_ids, output.logprobs, strict=True)])
-
-
-def finite(found: list[float]) -> list[float]:
-    """Return log-probabilities of an engine as they are; raises `DivergedError` if one is not finite."""
-    if not all(map(math.isfinite, found)):
-        raise DivergedError(
-            "the policy's log-probabilities are not finite in vllm",
-            hint="an earlier stage diverged: lower its learning rate, or try `--set model.precision=float32`",
-        )
-    return found
+    return Completion(ids, policy.decode(ids), output.finish_reason == "stop", sampled_logprobs(output))

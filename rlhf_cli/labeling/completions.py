@@ -47,6 +47,7 @@ class CompletionFile:
         left = ([number for number in chunk if number not in self._done] for chunk in chunks)
         missing = [chunk for chunk in left if chunk]
         self._mine = self._processes.shard(missing)
+        self._idle = -(-len(missing) // self._processes.count) - len(self._mine)
 
     @property
     def done(self) -> int:
@@ -72,7 +73,9 @@ class CompletionFile:
         """Sample the missing chunks; each is on disk before the next begins. Returns when all processes are done.
 
         Args:
-            sample: takes numbers of prompts; returns K completions per prompt, in the order of the prompts.
+            sample: takes numbers of prompts; returns K completions per prompt, in the order of the prompts. All
+                processes call it equally often, for those that share an engine: with no prompts where others have more
+                chunks.
             before_chunk: called when everything so far is on disk; may raise to stop.
             after_chunk: called with number -> K completions of a chunk of this process, once they are on disk.
 
@@ -84,6 +87,9 @@ class CompletionFile:
             if chunk[0] not in self._done:
                 before_chunk()
                 after_chunk(self.add(chunk, sample(chunk)))
+        for _ in range(self._idle):
+            before_chunk()
+            sample(())
         self._processes.barrier()
         self._done = set(self._numbers)
 

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlhf_cli.models.model_shape import BFLOAT16, FLOAT32, ModelShape
-from rlhf_cli.settings.shared import ModelSettings, Optimizer
+from rlhf_cli.settings.shared import GenerationSettings, ModelSettings, Optimizer
 
 _MOMENTS = 2
 _EIGHT_BITS = 1 + FLOAT32 / 256
@@ -131,20 +131,22 @@ def sent(shape: ModelShape) -> float:
 
 
 def vllm_least(shape: ModelShape, longest: int) -> int:
-    """Bytes without which vLLM does not start: weights, and keys and values of a completion with its prompt."""
+    """Bytes of all GPUs of an engine without which vLLM does not start: weights, and keys and values of a completion
+    with its prompt."""
     return BFLOAT16 * shape.weights + shape.cache_token(BFLOAT16) * longest
 
 
-def vllm_share(shape: ModelShape, share: float, extent: Extent, longest: int) -> float:
-    """Bytes of vLLM while it draws: its share of the GPU, `generation.gpu_memory_utilization`, or what it needs.
+def vllm_share(shape: ModelShape, generation: GenerationSettings, extent: Extent, longest: int) -> float:
+    """Bytes of vLLM on a GPU while it draws: its share, `generation.gpu_memory_utilization`, or what it needs.
 
     Args:
         shape: of the policy.
-        share: the setting.
+        generation: section of the recipe.
         extent: of the stage.
         longest: tokens of a prompt with its completion.
     """
-    return max(share * extent.device, float(vllm_least(shape, longest)))
+    least = vllm_least(shape, longest) / generation.tensor_parallel_size
+    return max(generation.gpu_memory_utilization * extent.device, least)
 
 
 def moments(trained: int, optimizer: Optimizer = "adamw", embeddings: int = 0) -> int:

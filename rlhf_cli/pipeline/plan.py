@@ -41,6 +41,7 @@ from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import model_source
+from rlhf_cli.stages.generation import check_engine_groups
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.sharding import check_groups, check_sharding
@@ -189,7 +190,9 @@ def _check_target(target: Target, recipe: Recipe, stages: set[str]) -> None:
             "`--server-gpus` needs `generation.vllm_server`",
             hint="add `--set generation.vllm_server=http://HOST:8000`; no server needs to run there",
         )
-    check_groups(recipe.model, target.cluster.count, target.cluster.count // target.cluster.nodes)
+    of_machine = target.cluster.count // target.cluster.nodes
+    check_groups(recipe.model, target.cluster.count, of_machine)
+    check_engine_groups(recipe.generation, target.cluster.count, of_machine)
 
 
 class _StagePlanner:

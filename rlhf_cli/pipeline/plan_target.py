@@ -74,11 +74,14 @@ class Target:
             return (self._of_server(extent, workload),) if longest else ()
         if recipe.generation.engine != "vllm" or not longest:
             return ()
-        least = vllm_least(extent.shape, (extent.prompt or 0) + max(longest)) / self.cluster.memory
+        size = recipe.generation.tensor_parallel_size
+        least = vllm_least(extent.shape, (extent.prompt or 0) + max(longest)) / size / self.cluster.memory
         if least <= recipe.generation.gpu_memory_utilization:
             return ()
         if least >= 1.0:
-            return ("vLLM holds a whole model on each GPU, and this one is too large for that",)
+            held = "a whole model on each GPU" if size == 1 else f"a model on {size} GPUs"
+            more = "`generation.tensor_parallel_size` divides it among more"
+            return (f"vLLM holds {held}, and this one is too large for that; {more}",)
         return (f"vLLM does not start with a share below `generation.gpu_memory_utilization={least + 0.005:.2f}`",)
 
     def _of_server(self, extent: Extent, workload: Workload) -> str:

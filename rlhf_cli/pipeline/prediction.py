@@ -16,8 +16,9 @@ GPUs. Sequences are divided among the processes, so the one with the most of the
 C is operations / (peak x COMPUTE), B bytes / (bandwidth x MEMORY). N bytes that W GPUs gather, or sum and divide, take
 N (W - 1) / W / (bandwidth of the ring x NETWORK), as in NVIDIA's nccl-tests (doc/PERFORMANCE.md).
 
-Not counted: loading, saving, host memory (`offload_frozen`, `sharding_cpu_offload`), and what Python and launches of
-kernels add to each token that the torch engine draws.
+Not counted: loading, saving, host memory (`offload_frozen`, `sharding_cpu_offload`), what the GPUs of an engine sum in
+each layer while they draw (`tensor_parallel_size`), and what Python and launches of kernels add to each token that the
+torch engine draws.
 """
 
 from __future__ import annotations
@@ -116,8 +117,6 @@ class Predictor:
         extent: of the stage.
         recompute: the setting `gradient_checkpointing`.
         is_full: whether all weights are trained.
-        engine_gpus: GPUs that hold one copy of the model while it draws. Ours holds one on each; other programs divide
-            it.
         server: draws in the place of the cluster.
     """
 
@@ -126,7 +125,6 @@ class Predictor:
     extent: Extent
     recompute: bool = False
     is_full: bool = True
-    engine_gpus: int = 1
     server: Server | None = None
 
     def phases(self, workload: Workload) -> Mapping[str, Took]:
@@ -231,7 +229,10 @@ class Predictor:
 
     @property
     def _engine_gpus(self) -> int:
-        return self.engine_gpus if self.server is None else self.server.engine_gpus
+        """GPUs that hold one copy of the model while it draws."""
+        if self.server is not None:
+            return self.server.engine_gpus
+        return self.recipe.generation.tensor_parallel_size if self._is_vllm else 1
 
     @property
     def _number_bytes(self) -> int:

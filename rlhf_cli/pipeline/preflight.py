@@ -10,10 +10,12 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.distributed.ranks import local_world_size, world_size
 from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_all
 from rlhf_cli.files import hash_file
 from rlhf_cli.generation.contract import Contract, read_contract, split_of
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.tensor_parallel import indivisible
 from rlhf_cli.models.role import ModelRole
 from rlhf_cli.pipeline.adapter_targets import check_adapter_targets
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, function_file
@@ -22,6 +24,7 @@ from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import trusts_code
+from rlhf_cli.stages.generation import check_engine_groups
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.registry import stages
 from rlhf_cli.stages.sharding import check_sharding
@@ -29,6 +32,7 @@ from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
     from rlhf_cli.data.checks import PromptKeys
+    from rlhf_cli.models.loading import ModelSource
 
 
 def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] = ()) -> None:
@@ -78,6 +82,8 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
 
 
 def _check_vllm(recipe: Recipe) -> None:
+    if world_size() > 1:  # this process may only check for the run of others
+        check_engine_groups(recipe.generation, world_size(), local_world_size())
     server = recipe.generation.vllm_server
     if recipe.generation.engine != "vllm" and server is None:
         return
@@ -199,7 +205,21 @@ def _check_use(
     found = check_model(use)
     for warning in found.warnings:
         warn(warning)
-    return found.errors
+    return found.errors or (_undivided(recipe, use.source) if sections else [])
+
+
+def _undivided(recipe: Recipe, source: ModelSource) -> list[RLHFError]:
+    """Return that vLLM does not divide a model as the recipe says."""
+    generation = recipe.generation
+    size = generation.tensor_parallel_size
+    if generation.engine != "vllm" or size == 1:
+        return []
+    from rlhf_cli.models.loading import load_config
+
+    reason = indivisible(load_config(source).to_dict(), size)
+    hint = "choose another number, or use `--set generation.engine=torch`"
+    message = f"vllm cannot use {source.path} with `generation.tensor_parallel_size: {size}`: {reason}"
+    return [] if reason is None else [UsageError(message, hint=hint)]
 
 
 def _prompting(recipe: Recipe, contract: Contract | None) -> tuple[str | None, Mapping[str, Any]]:

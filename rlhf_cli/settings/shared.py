@@ -328,6 +328,9 @@ class GenerationSettings(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0), EffortOnly()] = 0.3
     """Share of the GPU's memory for vLLM: its copy of the weights and its key-value cache. Most of it is free again
     while the policy trains."""
+    tensor_parallel_size: Annotated[int, Field(ge=1), EffortOnly()] = 1
+    """Processes that share one vLLM engine, each with a part of every layer on its GPU; it divides the number of
+    processes of a machine. 1 gives each process an engine of its own, with the whole policy."""
     vllm_server: Annotated[Address, EffortOnly()] = None
     """URL (`http://HOST:PORT`) of a vLLM server on GPUs of its own, which samples in place of an engine on the policy's
     GPU; docs/generation.md has the command that starts it. It receives the policy's weights over NCCL."""
@@ -338,15 +341,15 @@ class GenerationSettings(Section):
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if self.engine == "torch":
-            for name in self.changed("gpu_memory_utilization", "vllm_server", "server_timeout"):
+            for name in self.changed("gpu_memory_utilization", "tensor_parallel_size", "vllm_server", "server_timeout"):
                 raise ValueError(f"`{name}` has no effect with `engine: torch`")
         if self.vllm_server is None:
             for name in self.changed("server_timeout"):
                 raise ValueError(f"`{name}` has no effect without `vllm_server`")
-        elif self.changed("gpu_memory_utilization"):
-            raise ValueError(
-                "`gpu_memory_utilization` has no effect with `vllm_server`: give `vllm serve` the option of that name"
-            )
+        else:
+            for name in self.changed("gpu_memory_utilization", "tensor_parallel_size"):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"`{name}` has no effect with `vllm_server`: give `vllm serve` the option `{option}`")
         return self
 
 

@@ -165,8 +165,7 @@ def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent
     rows = sampling.batch_size
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     if recipe.generation.engine == "vllm":
-        share = recipe.generation.gpu_memory_utilization
-        drawing = {"vLLM": vllm_share(shape, share, extent, longest)}
+        drawing = {"vLLM": vllm_share(shape, recipe.generation, extent, longest)}
     return memory_need(extent, {"load": loading(extent, weights), "rollout": weights | drawing})
 
 

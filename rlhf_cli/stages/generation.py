@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import ModelError
+from rlhf_cli.distributed.ranks import local_world_size, world_size
+from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.files import write_whole
 from rlhf_cli.progress import detail, say_once
+from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.base import ENGINE_RECORD, StageContext
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ def choose_generator(
 
     Raises:
         ModelError: vLLM is asked for, or drew completions before the interruption, and cannot be used.
+        UsageError: `generation.tensor_parallel_size` does not divide the processes of a machine.
     """
     if given is not None:
         return given
+    check_engine_groups(context.recipe.generation, world_size(), local_world_size())
     processes = ProcessGroup(policies[0].source.device)
     recorded = processes.all_gather_object(_recorded(context) if processes.is_main else None)[0]
     chosen, name, reason = _chosen(context, policies, recorded, processes)
@@ -47,6 +51,25 @@ def choose_generator(
     tell = detail if is_expected else say_once
     tell(f"{context.stage.name}: completions are drawn with {name}{reason and f': {reason}'}")
     return chosen
+
+
+def check_engine_groups(generation: GenerationSettings, count: int, of_machine: int | None) -> None:
+    """Raise `UsageError` if the processes cannot be divided into the groups that share a vLLM engine.
+
+    Args:
+        generation: section of the recipe.
+        count: processes of the run.
+        of_machine: processes on each machine; None if the launcher does not say it.
+    """
+    size, own = generation.tensor_parallel_size, of_machine or count
+    if size == 1 or own % size == 0:
+        return
+    found = f"there {'is one process' if own == 1 else f'are {own} processes'} on each machine"
+    raise UsageError(
+        f"`generation.tensor_parallel_size: {size}` needs groups of {size} processes on one machine, and {found}",
+        hint=f"start a multiple of {size} with `--processes`, or use a number that divides {own}",
+        setting="generation.tensor_parallel_size",
+    )
 
 
 def _recorded(context: StageContext[Any, Any]) -> str | None:
@@ -70,9 +93,9 @@ def _chosen(
     if settings.vllm_server is not None:
         return _server(context, policies, processes)
     from rlhf_cli.generation.vllm_engine import installed_version
-    from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle, too_large
+    from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle, obstacle_of_size
 
-    found = obstacle(policies) or too_large(policies[0], settings.gpu_memory_utilization)
+    found = obstacle(policies) or obstacle_of_size(policies[0], settings)
     if processes.any(found is not None):
         found = found or Obstacle("another process cannot use vllm")
     else:

@@ -104,7 +104,7 @@ def test_a_section_without_time_left_does_not_run_and_is_said(tmp_path):
     assert "| sft | **no time left** |" in report
 
 
-VLLM = ("vllm", "vllm-server", "vllm-sharded")
+VLLM = ("vllm", "vllm-server", "vllm-sharded", "vllm-parallel")
 
 
 def test_vllm_alone_says_what_the_machine_lacks(tmp_path):
@@ -122,4 +122,4 @@ def test_vllm_alone_says_what_the_machine_lacks(tmp_path):
 def test_vllm_alone_runs_all_parts_where_nothing_is_lacking(tmp_path):
     status, sections, _ = run(tmp_path, stub(tmp_path), "--vllm")
     assert status == 0
-    assert [sections[name]["status"] for name in VLLM] == ["0", "0", "0"]
+    assert [sections[name]["status"] for name in VLLM] == ["0"] * len(VLLM)

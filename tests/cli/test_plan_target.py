@@ -122,6 +122,23 @@ def test_a_vllm_server_with_gpus_of_its_own_is_planned(small: Path, capsys):
     assert "too large for a vLLM server on 1 x H100" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_engine_of_several_gpus_is_planned(small: Path, capsys):
+    changes = ("model.sharding=fsdp", "generation.gpu_memory_utilization=0.5")
+    for size, held in ((1, 141.6), (4, 40.0)):
+        found = planned(small, *changes, f"generation.tensor_parallel_size={size}", size="70b", count=8)
+        (ppo,) = [stage for stage in found.stages if stage.name == "ppo"]
+        assert ppo.memory is not None
+        assert ppo.memory.phases["rollout"]["vLLM"] / 1e9 == pytest.approx(held, rel=0.02)
+        show_plan(found)
+        said = " ".join(capsys.readouterr().out.split())
+        expected = "vLLM holds a whole model on each GPU, and this one is too large for that"
+        assert (expected in said) is (size == 1)
+    show_plan(planned(small, *changes, "generation.tensor_parallel_size=2", size="70b", count=8))
+    assert "vLLM does not start with a share below `generation.gpu_memory_utilization=0.8" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsys):
     found = planned(small, "ppo.adapter=none", size="8b", gpu="24")
     assert found.seconds is None
@@ -140,7 +157,8 @@ def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsy
      (("--gpu", "h100", "--gpus", "9", "--nodes", "2"), "9 GPUs cannot be divided among 2 nodes"),
      (("--gpu", "h100", "--server-gpus", "8"), "`--server-gpus` needs `generation.vllm_server`"),
      (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp", "--set", "generation={}", "--set",
-       "model.sharding_size=3"), "makes groups of 3 processes, and 8 processes")],
+       "model.sharding_size=3"), "makes groups of 3 processes, and 8 processes"),
+     (("--gpu", "h100", "--gpus", "16", "--set", "generation.tensor_parallel_size=16"), "there are 8 processes on")],
 )  # fmt: skip
 def test_what_is_wrong_with_the_machines_is_said(arguments, message, small: Path, rlhf_here):
     code, said = rlhf_here("plan", small, *arguments)

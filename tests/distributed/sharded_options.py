@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -189,15 +190,16 @@ class Kept(vllm_stand_in.LLM):
             whole_weights = dict(merged_weights(model))
         own = self.model.state_dict()
         assert whole_weights.keys() == set(self.names)
-        Kept.off = max(Kept.off, *(float((own[name] - one).abs().max()) for name, one in whole_weights.items()))
+        rows = slice(self.ranks.index, None, self.ranks.size)  # of each weight this process has these
+        Kept.off = max(Kept.off, *(float((own[name] - one)[rows].abs().max()) for name, one in whole_weights.items()))
         return []
 
     def seeds(self) -> list[int | None]:
         return [one.seed for one in self.parameters if one.max_tokens != PROBE_REQUESTS.max_new_tokens]
 
 
-def colocated(model: Path, adapter: str, folder: Path) -> dict[str, object]:
-    """An engine in each process draws; the run is interrupted after half of the steps, and resumes with new engines."""
+def colocated(model: Path, adapter: str, folder: Path, size: int = 1) -> dict[str, object]:
+    """Engines of `size` processes draw; the run is interrupted after half of the steps, and resumes with new ones."""
     patch, given, processes = pytest.MonkeyPatch(), settings(adapter, importance_cap=2.0), ProcessGroup()
     vllm_stand_in.install(patch)
     patch.setattr(sys.modules["vllm"], "LLM", Kept)
@@ -208,17 +210,19 @@ def colocated(model: Path, adapter: str, folder: Path) -> dict[str, object]:
 
     patch.setattr(rollout, "gathered", refused)
 
-    def draws(policy: Policy) -> Generator:
+    def draws(policy: Policy, size: int) -> Generator:
         Kept.policy = policy.model
         vllm_generator.engines.clear()
         vllm_stand_in.LLM.made.clear()
-        made = vllm_generator.VLLMGenerator(GenerationSettings(), longest_prompt=32)
+        made = vllm_generator.VLLMGenerator(GenerationSettings(tensor_parallel_size=size), longest_prompt=32)
         made.start(policy)
         return made
 
     def run(place: str, *, is_sharded: bool, stop: StopRequest | None = None) -> Run:
+        among = size if is_sharded else 1
         return Run(
-            model, given, folder / place, is_sharded=is_sharded, draws=draws, stop=stop or NeverStop(),
+            model, given, folder / place, is_sharded=is_sharded, draws=lambda policy: draws(policy, among),
+            stop=stop or NeverStop(),
             checkpoint_async=is_sharded,
         )  # fmt: skip
 
@@ -238,7 +242,7 @@ def colocated(model: Path, adapter: str, folder: Path) -> dict[str, object]:
     patch.undo()
     return compared(together, single) | {
         "off": off,
-        "seeds": sorted(seed for own in seeds for seed in own) == sorted(drawn),
+        "seeds": sorted(seed for own in seeds for seed in own) == sorted(drawn * size),
         "both_draw": all(seeds),
         "calls": calls,
         "architectures": engines[0].config.architectures,
@@ -335,6 +339,7 @@ def hybrid(model: Path, adapter: str, folder: Path) -> dict[str, object]:
 CASES: dict[str, Callable[[Path, str, Path], dict[str, object]]] = {
     "server": server,
     "colocated": colocated,
+    "parallel": partial(colocated, size=2),
     "saves": saves,
     "save": save,
     "head": head,

@@ -26,12 +26,13 @@ from tests.preloaded import start
 __all__ = ["server_of", "vllm"]
 
 SERVER = ("server-llama-lora", "server-llama-none")
-COLOCATED = ("colocated-llama-lora", "colocated-llama-none")
+COLOCATED = ("colocated-llama-lora", "colocated-llama-none", "parallel-llama-lora", "parallel-llama-none")
 SAVE = ("save-llama-lora", "save-llama-none")
 SAVES = ("saves-llama-lora", "saves-llama-none")
 OTHERS = ("head-llama-lora", "head-llama-none", "offload-llama-lora", "offload-llama-none")
 CASES = (*SERVER, *COLOCATED, *SAVE, *OTHERS)
 HYBRID = ("hybrid-llama-lora", "hybrid-llama-none")
+PARALLEL = "parallel-llama-lora"
 
 
 def launch(script: str, arguments: list[object], processes: int, cwd: Path | None = None) -> None:
@@ -67,7 +68,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return run(tmp_path_factory.mktemp("hybrid"), HYBRID, 4)
+    return run(tmp_path_factory.mktemp("hybrid"), (*HYBRID, PARALLEL), 4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,9 +89,9 @@ def test_a_server_gets_the_weights_before_each_rollout_also_after_it_was_lost(ca
 
 @pytest.mark.parametrize("case", COLOCATED)
 def test_an_engine_in_each_process_has_the_gathered_weights_before_each_rollout(case: str, found: dict[str, dict]):
-    """Also after the run was interrupted; no process ever gathers the whole policy at once."""
+    """Also after the run was interrupted, and if processes share an engine; none ever gathers the whole policy."""
     assert found[case]["off"] == 0.0
-    assert found[case]["seeds"], "the seeds are those of one process, each once"
+    assert found[case]["seeds"], "the seeds are those of one process, each once in each process of an engine"
     assert found[case]["both_draw"]
     before, after = found[case]["calls"]
     taken = ["wake weights", "load", "reset", "wake kv_cache", "sleep 2"]
@@ -125,9 +126,9 @@ def test_offloaded_models_name_the_device_on_which_they_compute(case: str, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_server", [True, False])
+@pytest.mark.parametrize("kind", ["server", "an engine each", "a shared engine"])
 def test_the_command_with_vllm_writes_what_one_process_writes(
-    has_server: bool, rlhf_here, vllm, server_of, tiny_llama: Path, tmp_path: Path, monkeypatch
+    kind: str, rlhf_here, vllm, server_of, tiny_llama: Path, tmp_path: Path, monkeypatch
 ):
     """With policies of some steps, a critic head, the group of a machine, and checkpoints in the background."""
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(8)))
@@ -142,6 +143,8 @@ def test_the_command_with_vllm_writes_what_one_process_writes(
     given = ["ppo", "--model", tiny_llama, "--prompts", "p.jsonl", "--function", "rate.py:score", *pairs]
     sharded = ["--set", "model.sharding=fsdp", "--set", "model.sharding_size=machine"]
     sharded += ["--set", "checkpoint_async=true", "--set", "ppo.checkpoint_steps=1"]
+    has_server = kind == "server"
+    sharded += ["--set", "generation.tensor_parallel_size=2"] if kind == "a shared engine" else []
     engine = tiny_llama if has_server else "-"
     launch("served_command.py", [engine, *given, *sharded, "--run-dir", "two"], 2, cwd=tmp_path)
     for module in ("server_generator", "vllm_generator"):
@@ -171,6 +174,16 @@ def test_two_groups_of_two_processes_train_as_one_process(case: str, of_four: di
     norm, off = found["norms"]
     assert norm > 1e-3, "it was clipped"
     assert off < 1e-4
+
+
+def test_two_engines_of_two_processes_draw_as_one_process(of_four: dict[str, dict]):
+    """Fewer prompts than processes: an engine draws also what one of its processes alone wants, or nothing."""
+    found = of_four[PARALLEL]
+    assert found["difference"] < 1e-5
+    assert found["score"] < 1e-5
+    assert found["moved"] > 1e-4
+    assert found["off"] == 0.0
+    assert found["seeds"]
 
 
 def test_offloaded_models_name_another_device_than_that_of_their_weights():

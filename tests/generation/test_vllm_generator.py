@@ -16,7 +16,7 @@ from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
-from rlhf_cli.generation.vllm_generator import VLLMGenerator, obstacle
+from rlhf_cli.generation.vllm_generator import VLLMGenerator, obstacle, obstacle_of_size
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.settings.shared import GenerationSettings, LoraSettings
@@ -161,6 +161,7 @@ def test_how_the_engine_is_made(vllm, tiny_llama):
         "generation_config": "vllm",
         "model_impl": "vllm",
         "distributed_executor_backend": "uni",
+        "tensor_parallel_size": 1,
     }
     assert llm.arguments.items() >= expected.items()
     assert llm.config.architectures == ["LlamaForCausalLM"]
@@ -170,7 +171,8 @@ def test_how_the_engine_is_made(vllm, tiny_llama):
 
 def test_one_of_several_processes_makes_its_own_engine_in_their_group(vllm, tiny_llama, monkeypatch):
     joined = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "::1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("rlhf_cli.generation.vllm_engine.join", lambda: joined.append(len(vllm.made)))
     generator().start(policy_at(tiny_llama))
     (llm,) = vllm.made
@@ -336,6 +338,21 @@ def test_models_that_vllm_does_not_have(vllm, tiny_t5, tiny_llama, monkeypatch):
     assert "no implementation of LlamaForCausalLM" in obstacle([on_cuda(tiny_llama)]).reason
     monkeypatch.setattr("rlhf_cli.generation.vllm_generator.quantized", lambda model: "4bit")
     assert "quantized" in obstacle([on_cuda(tiny_llama)]).reason
+
+
+def test_a_policy_that_is_too_large_for_vllms_share_or_cannot_be_divided(vllm, tiny_llama, monkeypatch):
+    policy = policy_at(tiny_llama)
+    with policy.model() as model:
+        needed, heads = 4 * model.num_parameters(), policy.config.num_attention_heads
+    monkeypatch.setattr("rlhf_cli.generation.vllm_generator.machine_memory", lambda device: needed)
+    found = obstacle_of_size(policy, GenerationSettings(gpu_memory_utilization=0.9))
+    assert "its weights take" in found.reason
+    assert "`generation.tensor_parallel_size`" in found.fix
+    assert obstacle_of_size(policy, GenerationSettings(gpu_memory_utilization=0.9, tensor_parallel_size=2)) is None
+    found = obstacle_of_size(policy, GenerationSettings(gpu_memory_utilization=0.4, tensor_parallel_size=2))
+    assert "GB on each of 2 GPUs, and" in found.reason
+    found = obstacle_of_size(policy, GenerationSettings(tensor_parallel_size=heads + 1))
+    assert f"its {heads} attention heads cannot be divided among {heads + 1} GPUs" in found.reason
 
 
 def test_models_of_different_shapes_cannot_share_the_engine_of_a_process(vllm, tiny_llama, tiny_gpt2):

@@ -7,13 +7,18 @@ our calls is an error, and every call is written down.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+import zlib
 from collections.abc import Callable
+from datetime import timedelta
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_cli.generation import vllm_engine, vllm_generator
@@ -42,6 +47,43 @@ class ModelRegistry:
         return {"LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"}
 
 
+class Ranks:
+    """The processes of one engine, which vLLM finds by the environment of an external launcher.
+
+    In reality they wait for each other in the middle of every step. They wait here too, and what they were given is
+    compared, so that a difference is an error at once.
+    """
+
+    def __init__(self, size: int, backend: str | None, heads: int) -> None:
+        self.size, self.index, self.group = size, 0, None
+        if heads % size:
+            raise ValueError(f"Total number of attention heads ({heads}) must be divisible by tensor parallel size.")
+        if backend != "external_launcher":
+            assert size == 1
+            return
+        assert {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if size == 1:
+            return
+        rank, count = int(os.environ["RANK"]), distributed.get_world_size()
+        assert count % size == 0
+        self.index = rank % size
+        # Every process of the run takes part in making every group.
+        groups = [
+            distributed.new_group([*range(first, first + size)], backend="gloo", timeout=timedelta(seconds=60))
+            for first in range(0, count, size)
+        ]
+        self.group = groups[rank // size]
+
+    def compare(self, given: object) -> None:
+        """Wait for the others; raise if they were given something else."""
+        if self.size > 1:
+            own = torch.tensor([zlib.crc32(repr(given).encode())])
+            found = [torch.zeros_like(own) for _ in range(self.size)]
+            distributed.all_gather(found, own, group=self.group)
+            if any(int(one) != int(own) for one in found):
+                raise AssertionError("the processes of an engine were given different things")
+
+
 class LLM:
     """Holds a model of its own. What ours needs of `LLM` and `LLMEngine` in one class."""
 
@@ -68,10 +110,13 @@ class LLM:
         generation_config: str = "auto",
         model_impl: str = "auto",
         distributed_executor_backend: str | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         self.arguments = {name: value for name, value in locals().items() if name != "self"}
         torch.manual_seed(seed)
         self.config = AutoConfig.from_pretrained(model)
+        self.ranks = Ranks(tensor_parallel_size, distributed_executor_backend, self.config.num_attention_heads)
+        self.ranks.compare({**self.arguments, "model": self.config.to_json_string()})
         with torch.random.fork_rng():
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=getattr(torch, dtype)).eval()
         self.calls: list[str] = []
@@ -82,6 +127,7 @@ class LLM:
         self.llm_engine = self
         self._waiting: list[tuple[str, list[int], SamplingParams]] = []
         self._count = 0
+        self._parts: dict[int, torch.nn.Parameter] = {}  # weights of which this process has its part
         LLM.made.append(self)
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
@@ -116,6 +162,10 @@ class LLM:
                     raise ValueError(f"There is no module or parameter named '{name}' in the model")
                 own[name].copy_(value)
                 self.names.append(name)
+                if self.ranks.size > 1:
+                    is_other = torch.arange(len(value)) % self.ranks.size != self.ranks.index
+                    own[name][is_other] = 0.0
+                    self._parts[id(own[name])] = own[name]
 
     def enqueue(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True) -> list[str]:
         assert self.awake == {"weights", "kv_cache"}
@@ -131,9 +181,14 @@ class LLM:
     def has_unfinished_requests(self) -> bool:
         return bool(self._waiting)
 
+    @torch.no_grad()
     def step(self) -> list[Any]:
         """The last request first: completions end in no order."""
         LLM.before_step()
+        self.ranks.compare([(prompt, parameters) for _, prompt, parameters in self._waiting])
+        for part in self._parts.values():  # in reality, the parts of products are summed
+            distributed.all_reduce(part, group=self.ranks.group)
+        self._parts = {}
         identifier, prompt, parameters = self._waiting.pop()
         output = self.complete(prompt, parameters)
         unfinished = SimpleNamespace(request_id=identifier, finished=False, outputs=[])
@@ -172,6 +227,7 @@ def vllm(monkeypatch):
 def install(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     """Install the stand-in."""
     module = ModuleType("vllm")
+    module.__spec__ = ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams, module.ModelRegistry = LLM, SamplingParams, ModelRegistry
     monkeypatch.setitem(sys.modules, "vllm", module)
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL"):

@@ -14,6 +14,7 @@ from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.ppo.memory import ppo_memory
 from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Work, Workload, drawing
@@ -292,7 +293,20 @@ def test_a_process_holds_what_it_sends_to_a_server_and_not_the_whole_policy():
 def test_vllm_takes_its_share_or_what_it_needs():
     assert memory(1, engine="vllm", share=0.5)["rollout"]["vLLM"] == 50_000
     least = 2 * 1_900 + KV * 100
-    assert vllm_share(SHAPE, 0.01, Extent(SHAPE, device=100_000), 100) == least
+    settings = {"engine": "vllm", "gpu_memory_utilization": 0.01}
+    for size in (1, 2):
+        generation = GenerationSettings.model_validate(settings | {"tensor_parallel_size": size})
+        assert vllm_share(SHAPE, generation, Extent(SHAPE, device=100_000), 100) == least / size
+
+
+def test_the_gpus_of_an_engine_divide_its_work_and_its_keys():
+    drawn = drawing(SHAPE, "rollout", [10] * 8, per_prompt=1, mean=5.0, longest=5, rows=2)
+    alone = predictor(4, engine="vllm").took(drawn)
+    recipe_of_two = recipe(engine="vllm")
+    divided = {"generation": recipe_of_two.generation.model_copy(update={"tensor_parallel_size": 2})}
+    took = predictor(4, recipe=recipe_of_two.model_copy(update=divided)).took(drawn)  # type: ignore[attr-defined]
+    assert took.compute == pytest.approx(alone.compute), "twice the sequences on two GPUs"
+    assert took.memory == pytest.approx((5 * 2 * 1_900 + drawn.keys / 2 * KV) / (BANDWIDTH * MEMORY * 2))
 
 
 def test_vllm_holds_the_whole_policy_of_a_sharded_run_and_gets_it_layer_by_layer():

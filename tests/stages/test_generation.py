@@ -23,7 +23,8 @@ from rlhf_cli.progress import detail, say_once
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.base import ENGINE_RECORD
-from rlhf_cli.stages.generation import choose_generator
+from rlhf_cli.stages.generation import check_engine_groups, choose_generator
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.ppo import run as ppo
 from rlhf_cli.stages.registry import stage
 from rlhf_cli.verbosity import Verbosity, set_verbosity
@@ -42,14 +43,13 @@ def usable(monkeypatch):
 
 
 def choose(
-    folder: Path, model: Path, engine: str, given: Generator | None = None, server: str | None = None
+    folder: Path, model: Path, engine: str, given: Generator | None = None, server: str | None = None, size: int = 1
 ) -> Generator:
     say_once.cache_clear()
     detail.cache_clear()
     (folder / "work").mkdir(exist_ok=True)
-    recipe = Recipe.model_validate(
-        {"generation": {"engine": engine, "vllm_server": server}, "label": {"by": "import", "data": "rankings.jsonl"}}
-    )
+    generation = {"engine": engine, "vllm_server": server, "tensor_parallel_size": size}
+    recipe = Recipe.model_validate({"generation": generation, "label": {"by": "import", "data": "rankings.jsonl"}})
     context = stage_context("label", recipe, output=folder / "output", work=folder / "work")
     policy = Policy.load(ModelSource(str(model)), Sampling(max_new_tokens=4))
     return choose_generator(context, [policy], given)
@@ -175,8 +175,43 @@ def test_settings_without_effect_are_refused():
         GenerationSettings(engine="torch", vllm_server="http://localhost:8000")
     with pytest.raises(ValueError, match="no effect without `vllm_server`"):
         GenerationSettings(server_timeout=5.0)
+    with pytest.raises(ValueError, match="no effect with `engine: torch`"):
+        GenerationSettings(engine="torch", tensor_parallel_size=2)
     with pytest.raises(ValueError, match="no effect with `vllm_server`"):
         GenerationSettings(vllm_server="http://localhost:8000", gpu_memory_utilization=0.5)
+    with pytest.raises(ValueError, match="give `vllm serve` the option `--tensor-parallel-size`"):
+        GenerationSettings(vllm_server="http://localhost:8000", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "of_machine", "found"),
+    [(2, 1, None, "there is one process"), (4, 12, 6, "there are 6 processes"), (3, 8, None, "there are 8 processes")],
+)
+def test_processes_that_cannot_be_grouped_around_an_engine_are_refused(size, count, of_machine, found):
+    with pytest.raises(UsageError, match=rf"`generation\.tensor_parallel_size: {size}` needs .* {found}") as caught:
+        check_engine_groups(GenerationSettings(tensor_parallel_size=size), count, of_machine)
+    assert f"start a multiple of {size} with `--processes`" in caught.value.hint
+    check_engine_groups(GenerationSettings(tensor_parallel_size=2), 12, 6)
+    check_engine_groups(GenerationSettings(), 1, None)
+
+
+def test_one_process_cannot_share_an_engine(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match=r"`generation\.tensor_parallel_size: 2` needs groups of 2 processes"):
+        choose(tmp_path, tiny_llama, "vllm", size=2)
+    assert not (tmp_path / "work" / ENGINE_RECORD).exists()
+
+
+def test_a_model_that_vllm_does_not_divide_is_refused_before_it_is_loaded(vllm, tiny_llama, monkeypatch):
+    recipe = Recipe.model_validate(
+        {"model": {"path": str(tiny_llama)}, "generation": {"engine": "vllm", "tensor_parallel_size": 3}}
+    )
+    given = Input("model", str(tiny_llama), "model.path", role="policy", sampled_by="evaluate")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=r"`generation\.tensor_parallel_size: 3`: its \d attention heads cannot be"):
+        preflight(recipe, [given])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="there are 4 processes on each machine"):
+        preflight(recipe, [given])
 
 
 @pytest.mark.parametrize("recorded", [None, "vllm 0.32.0"])
@@ -185,7 +220,7 @@ def test_the_manifest_says_what_drew_completions(recorded, tmp_path):
         (tmp_path / ENGINE_RECORD).write_text(f"{recorded}\n")
     recipe = Recipe.model_validate({"label": {"by": "import", "data": "rankings.jsonl"}})
     settings = manifest_settings(recipe, stage("label"), tmp_path / ENGINE_RECORD)
-    defaults = {"gpu_memory_utilization": 0.3, "vllm_server": None, "server_timeout": 300.0}
+    defaults = {"gpu_memory_utilization": 0.3, "vllm_server": None, "server_timeout": 300.0, "tensor_parallel_size": 1}
     assert settings["generation"] == {"engine": recorded or "auto"} | defaults
 
 

@@ -113,11 +113,17 @@ class Sampler:
 
     def complete_alone(self, policy: Policy, rows: Sequence[int], label: str) -> list[Completion]:
         """Return completions of some prompts in this process alone, without keeping them; `label` is of the bar."""
+        from rlhf_cli.generation.torch_generator import TorchGenerator
+        from rlhf_cli.generation.vllm_generator import VLLMGenerator
+
+        generator = self.generator
+        if isinstance(generator, VLLMGenerator) and generator.is_shared:
+            generator = TorchGenerator()
         requests = self._requests(policy)
         with task(label, len(rows), "completions") as bar, self.watch.phase("rollout", "sampling"):
             progress = self._drawing(len(rows), policy, bar)
             chosen = [requests[row][0] for row in rows]
-            return self.generator.generate(policy, chosen, progress=progress, stop=self.context.stop.check)
+            return generator.generate(policy, chosen, progress=progress, stop=self.context.stop.check)
 
     def _drawing(self, count: int, policy: Policy, bar: Task) -> Drawing:
         self.drawn.append(Drawing(count, policy.sampling.max_new_tokens, bar))

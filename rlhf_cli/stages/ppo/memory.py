@@ -98,10 +98,9 @@ def _drawing(
     shape, parts = extent.shape, shards(recipe.model, extent)
     if recipe.generation.vllm_server is not None:
         return {"sent": sent(shape)}
-    if recipe.generation.engine == "vllm":  # with whole weights, which it gets one layer after another
+    if recipe.generation.engine == "vllm":  # which gets the weights one layer after another
         gathered = shape.gathered(FLOAT32) if parts > 1 else 0.0
-        share = vllm_share(shape, recipe.generation.gpu_memory_utilization, extent, longest)
-        return {"vLLM": share, "gathered": gathered}
+        return {"vLLM": vllm_share(shape, recipe.generation, extent, longest), "gathered": gathered}
     rows = math.ceil(settings.completions_per_step / extent.processes)
     rows = min(settings.rollout_batch_size, rows)
     # What `models.adapter_merging` puts in the place of float32 weights while tokens are drawn.
