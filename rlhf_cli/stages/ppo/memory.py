@@ -63,8 +63,8 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     drawing = _drawing(settings, recipe, extent, held=held, size=size, longest=longest)
     once = {"activations": float(shape.transient(tokens, size)), "logits": float(shape.logits(tokens))}
     scored = [shape] if extent.reward is None else [shape, extent.reward]
-    passed = {"gathered": max(one.gathered(size) for one in scored)} if parts > 1 else {}
-    trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
+    passed = {"gathered": max(one.gathered(size, on_cpu=extent.on_cpu) for one in scored)} if parts > 1 else {}
+    trained = {"gathered": shape.gathered(size, trains=is_full, on_cpu=extent.on_cpu)} if parts > 1 else {}
     gradients = {"gradients": own(FLOAT32 * (policy + critic))}
     copy = checkpoint_copy(recipe, extent, own(FLOAT32 * (policy + critic)) + state["optimizer"])
     kept_to_save = FLOAT32 * float(critic)
@@ -87,7 +87,7 @@ def _copied(extent: Extent, own: Callable[[float], float], parts: int) -> dict[s
     """Roles of writing the policy beside all that trains, see `saving`: the policy is a copy of the one that trains."""
     size = FLOAT32 * extent.shape.weights
     if parts > 1:  # what is read back takes the place of the copy
-        return {"copy to write": own(size), "gathered": extent.shape.gathered(FLOAT32)}
+        return {"copy to write": own(size), "gathered": extent.shape.gathered(FLOAT32, on_cpu=extent.on_cpu)}
     return {"copied policy": size, "copy to write": size}
 
 
@@ -99,7 +99,7 @@ def _drawing(
     if recipe.generation.vllm_server is not None:
         return {"sent": sent(shape)}
     if recipe.generation.engine == "vllm":  # with whole weights, which it gets one layer after another
-        gathered = shape.gathered(FLOAT32) if parts > 1 else 0.0
+        gathered = shape.gathered(FLOAT32, on_cpu=extent.on_cpu) if parts > 1 else 0.0
         share = vllm_share(shape, recipe.generation.gpu_memory_utilization, extent, longest)
         return {"vLLM": share, "gathered": gathered}
     rows = math.ceil(settings.completions_per_step / extent.processes)
