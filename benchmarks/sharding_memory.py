@@ -220,8 +220,8 @@ def main() -> None:
 
         print(f"{ModelShape.required(folder / 'model').weights:,} weights in float32; peaks of the largest rank in MB")
         print(
-            "| run | ranks | first steps | resumed, saved | without a model | file pages | whole / ranks | not divided | "
-            "bound | within | CPU s | at the peaks |"
+            "| run | ranks | first steps | resumed, saved | without a model | file pages | whole / ranks | "
+            "not divided | bound | within | CPU s | at the peaks |"
         )
         print("|" + "---|" * 12)
         for run in options.runs:

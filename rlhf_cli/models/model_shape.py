@@ -160,8 +160,12 @@ class ModelShape:
         """
         block = self.backbone / self.layers
         gradients = (block + self.embeddings) * (number_bytes + FLOAT32) if trains else 0.0
-        sent = max(block, self.embeddings) * (FLOAT32 if trains else number_bytes) if on_cpu else 0.0
-        return (2 * block + self.embeddings) * number_bytes + gradients + sent
+        copied = self.sent_at_once(FLOAT32 if trains else number_bytes) if on_cpu else 0.0
+        return (2 * block + self.embeddings) * number_bytes + gradients + copied
+
+    def sent_at_once(self, number_bytes: int) -> float:
+        """Bytes of the largest message of a sharded run: a block, or what is outside of them."""
+        return max(self.backbone / self.layers, float(self.embeddings)) * number_bytes
 
     def cache_token(self, number_bytes: int) -> int:
         """Bytes of the keys and values of a token in all layers."""

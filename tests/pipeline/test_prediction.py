@@ -274,6 +274,16 @@ def test_gloo_holds_a_copy_of_what_a_message_carries():
     assert copied(large) == {"load": 4 * block, "passes": 2 * block, "update": 4 * block, "save": 4 * block}
 
 
+def test_a_policy_is_gathered_to_draw_with_its_adapters_and_on_a_cpu_beside_a_message_and_its_copy():
+    found = recipe("fsdp", adapter="lora")
+    ppo = found.section("ppo")
+    adapters = 4 * 2 * SHAPE.adapter(ppo.lora.rank)  # type: ignore[attr-defined]
+    for on_cpu, sent in ((False, 0), (True, 2 * 800 * 2)):
+        extent = Extent(SHAPE, on_cpu=on_cpu, processes=2, tokens=10, prompt=10)
+        rollout = ppo_memory(ppo, found, extent).phases["rollout"]  # type: ignore[arg-type]
+        assert rollout["gathered"] == 1_900 * 2 + adapters + sent
+
+
 def test_gathered_adapters_have_frozen_weights_in_bfloat16():
     found = memory(2, sharding="fsdp", adapter="lora")
     assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2

@@ -108,8 +108,10 @@ def _drawing(
     merged = settings.adapter == "lora" and held == size == FLOAT32 and parts == 1
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     drawing["merged adapter"] = float(FLOAT32 * shape.backbone * merged)
-    if parts > 1:  # the whole policy, for every token
-        drawing["gathered"] = float(shape.weights * size)
+    if parts > 1:  # the whole policy, for every token, with the adapters on it
+        adapters = int(settings.adapter == "lora") + int(settings.critic_is_adapter)
+        whole = shape.weights * size + FLOAT32 * adapters * shape.adapter(settings.lora.rank)
+        drawing["gathered"] = whole + (2.0 * shape.sent_at_once(size) if extent.on_cpu else 0.0)
     return drawing
 
 
