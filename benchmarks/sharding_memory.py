@@ -6,7 +6,8 @@ Each run is the real command with gloo on the CPU, in float32: two steps on shor
 first one is saved, and the same command again, which resumes and writes the artifact. `ppo-none` has a reward model
 of its own. A process imports the libraries, notes its resident memory, resets the peak of the kernel, runs the command
 and reports the difference (VmHWM), with the line of rlhf_cli that ran then. What the same command with a model of
-100,000 weights holds, which is modules, buffers and sockets, is subtracted. CPU seconds are those of all ranks and both
+100,000 weights holds, which is modules, buffers and sockets, is subtracted. `file pages` are the part of the peak that
+is mapped from files, which the kernel may drop at any time. CPU seconds are those of all ranks and both
 commands, without imports. Linux only. With MALLOC_TOP_PAD_=131072 in the environment, which is glibc's default, rlhf
 leaves glibc as it is.
 
@@ -110,7 +111,7 @@ def work(report: Path, stop_after: str, arguments: Sequence[str]) -> None:
     import rlhf_cli.stages.sft.training  # noqa: F401
     from rlhf_cli.cli import entry
 
-    baseline, since = memory("VmRSS"), time.process_time()
+    baseline, since = {name: memory(name) for name in ("VmRSS", "RssFile")}, time.process_time()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     threading.Thread(target=_watch, args=(report, baseline, since), daemon=True).start()
     if stop_after:
@@ -119,14 +120,15 @@ def work(report: Path, stop_after: str, arguments: Sequence[str]) -> None:
     entry()
 
 
-def _watch(report: Path, baseline: int, since: float) -> None:
+def _watch(report: Path, baseline: dict[str, int], since: float) -> None:
     """Write peak, its line and CPU seconds again and again, since a stopped command ends without another word."""
-    line, largest = "", 0
+    line, largest, files = "", 0, 0
     while True:
         if (resident := memory("VmRSS")) > largest:
-            line, largest = _line(), resident
+            line, largest, files = _line(), resident, memory("RssFile") - baseline["RssFile"]
         partial = report.with_suffix(".partial")
-        found = {"peak": memory("VmHWM") - baseline, "line": line, "seconds": time.process_time() - since}
+        peak, seconds = memory("VmHWM") - baseline["VmRSS"], time.process_time() - since
+        found = {"peak": peak, "files": files, "line": line, "seconds": seconds}
         partial.write_text(json.dumps(found), encoding="utf-8")
         partial.replace(report)
         time.sleep(0.01)
@@ -218,21 +220,23 @@ def main() -> None:
 
         print(f"{ModelShape.required(folder / 'model').weights:,} weights in float32; peaks of the largest rank in MB")
         print(
-            "| run | ranks | first steps | resumed, saved | without a model | whole / ranks | not divided | bound | "
-            "within | CPU s | at the peaks |"
+            "| run | ranks | first steps | resumed, saved | without a model | file pages | whole / ranks | "
+            "not divided | bound | within | CPU s | at the peaks |"
         )
-        print("|" + "---|" * 11)
+        print("|" + "---|" * 12)
         for run in options.runs:
             for ranks in options.ranks:
-                without = [_largest(one)["peak"] for one in both(small, run, ranks)]
+                empty = [_largest(one) for one in both(small, run, ranks)]
+                without = [one["peak"] for one in empty]
                 reports = both(folder, run, ranks)
                 largest = [_largest(one) for one in reports]
                 whole, rest = counted(folder, run, ranks)
                 bound = SLACK * whole / ranks + rest
                 peaks = [one["peak"] - process for one, process in zip(largest, without, strict=True)]
+                files = max(one["files"] - process["files"] for one, process in zip(largest, empty, strict=True))
                 verdict = "yes" if max(peaks) <= bound else "no"
                 seconds = sum(report["seconds"] for one in reports for report in one)
-                figures = [*peaks, max(without), whole / ranks, rest, bound]
+                figures = [*peaks, max(without), files, whole / ranks, rest, bound]
                 cells = [*(f"{size / 1e6:,.0f}" for size in figures), verdict, f"{seconds:,.1f}"]
                 lines = ", ".join(f"`{one['line']}`" for one in largest)
                 print(f"| {run} | {ranks} | {' | '.join(cells)} | {lines} |", flush=True)

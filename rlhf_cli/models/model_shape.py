@@ -149,17 +149,23 @@ class ModelShape:
         """Bytes of the tiles of logits that a loss holds at once: logits, their softmax and their gradient."""
         return 3 * FLOAT32 * min(tokens, _LOGITS_TILE[0]) * min(self.vocabulary, _LOGITS_TILE[1])
 
-    def gathered(self, number_bytes: int, *, trains: bool = False) -> float:
+    def gathered(self, number_bytes: int, *, trains: bool = False, on_cpu: bool = False) -> float:
         """Bytes that a process of a sharded run gathers in a pass: a block, the next one, and what is outside of them.
 
         Args:
             number_bytes: size of a number.
             trains: adds gradients that are not divided yet, and those that are summed in float32: of a block, and
                 outside the blocks.
+            on_cpu: adds gloo's copy of what a message gathers or sums: a block, or what is outside of them.
         """
         block = self.backbone / self.layers
         gradients = (block + self.embeddings) * (number_bytes + FLOAT32) if trains else 0.0
-        return (2 * block + self.embeddings) * number_bytes + gradients
+        copied = self.sent_at_once(FLOAT32 if trains else number_bytes) if on_cpu else 0.0
+        return (2 * block + self.embeddings) * number_bytes + gradients + copied
+
+    def sent_at_once(self, number_bytes: int) -> float:
+        """Bytes of the largest message of a sharded run: a block, or what is outside of them."""
+        return max(self.backbone / self.layers, float(self.embeddings)) * number_bytes
 
     def cache_token(self, number_bytes: int) -> int:
         """Bytes of the keys and values of a token in all layers."""

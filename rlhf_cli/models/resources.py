@@ -14,7 +14,8 @@ that copy is in host memory, which is not counted.
 
 With `model.sharding: fsdp`, weights, gradients and moments are divided among the processes, or with
 `model.sharding_size` among those of a group, and each gathers what it computes with; the pass over a micro-batch stays
-whole. With `model.sharding_cpu_offload` they are in host memory, which is not counted.
+whole. With `model.sharding_cpu_offload` they are in host memory, which is not counted. On a CPU gloo holds a copy of
+what it gathers or sums.
 
 Weights, gradients and moments are exact. Activations are those of a gated decoder layer as transformers computes it
 (Llama), with an attention that saves no scores, or on a CPU those of short sequences. tests/gpu/test_memory.py compares
@@ -167,7 +168,7 @@ def loading(extent: Extent, weights: Mapping[str, float], parts: int = 1) -> dic
     Weights that are divided into several `parts` are read block by block.
     """
     if parts > 1:
-        return {**weights, "gathered": extent.shape.gathered(FLOAT32)}
+        return {**weights, "gathered": extent.shape.gathered(FLOAT32, on_cpu=extent.on_cpu)}
     return {**weights, **({"file": float(extent.shape.stored)} if extent.on_cpu else {})}
 
 
@@ -186,7 +187,7 @@ def saving(extent: Extent, kept: float = 0, parts: int = 1, *, offloads: bool = 
     if parts > 1:
         return {
             "policy": 0.0 if offloads else whole / parts,
-            "gathered": extent.shape.gathered(FLOAT32),
+            "gathered": extent.shape.gathered(FLOAT32, on_cpu=extent.on_cpu),
             "other models": kept,
         }
     return {"policy": whole, "copy to write": whole, "other models": kept} if extent.on_cpu else {}

@@ -18,6 +18,7 @@ from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import ModelError
+from rlhf_cli.memory import trim_memory
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.checkpoint import Checkpoint
 from rlhf_cli.models.converted_weights import AnyWeight, NotShardedError, weights_by_name
@@ -84,6 +85,7 @@ class UnreadModel:
             offloads=source.sharding_cpu_offload,
             before=lambda module, prefix: agreed(partial(self._fill, module, prefix, merges), processes),
         )
+        trim_memory()  # of parts that were read or freed on the way, before the first pass takes more
         pin_rotary_frequencies(model, source.path)
         if is_our_attention(source.attention):
             computing(model, lambda: set_attention(model, source.attention, source.path))

@@ -257,6 +257,34 @@ def test_policies_of_save_steps_are_copied_beside_all_that_trains():
     assert "save_steps" not in memory(2, sharding="fsdp", adapter="none")
 
 
+def test_gloo_holds_a_copy_of_what_a_message_carries():
+    found = recipe("fsdp", adapter="none")
+
+    def gathered(shape: ModelShape, *, on_cpu: bool) -> dict[str, int]:
+        extent = Extent(shape, on_cpu=on_cpu, processes=2, tokens=10, prompt=10)
+        phases = ppo_memory(found.section("ppo"), found, extent).phases  # type: ignore[arg-type]
+        return {phase: phases[phase]["gathered"] for phase in ("load", "passes", "update", "save")}
+
+    def copied(shape: ModelShape) -> dict[str, int]:
+        alone = gathered(shape, on_cpu=False)
+        return {phase: size - alone[phase] for phase, size in gathered(shape, on_cpu=True).items()}
+
+    outside, block = 800, 2_000
+    assert copied(SHAPE) == {"load": 4 * outside, "passes": 2 * outside, "update": 4 * outside, "save": 4 * outside}
+    large = replace(SHAPE, weights=outside + 2 * block)  # of two layers
+    assert copied(large) == {"load": 4 * block, "passes": 2 * block, "update": 4 * block, "save": 4 * block}
+
+
+def test_a_policy_is_gathered_to_draw_with_its_adapters_and_on_a_cpu_beside_a_message_and_its_copy():
+    found = recipe("fsdp", adapter="lora")
+    ppo = found.section("ppo")
+    adapters = 4 * 2 * SHAPE.adapter(ppo.lora.rank)  # type: ignore[attr-defined]
+    for on_cpu, sent in ((False, 0), (True, 2 * 800 * 2)):
+        extent = Extent(SHAPE, on_cpu=on_cpu, processes=2, tokens=10, prompt=10)
+        rollout = ppo_memory(ppo, found, extent).phases["rollout"]  # type: ignore[arg-type]
+        assert rollout["gathered"] == 1_900 * 2 + adapters + sent
+
+
 def test_gathered_adapters_have_frozen_weights_in_bfloat16():
     found = memory(2, sharding="fsdp", adapter="lora")
     assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2

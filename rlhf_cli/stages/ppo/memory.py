@@ -63,8 +63,8 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     drawing = _drawing(settings, recipe, extent, held=held, size=size, longest=longest)
     once = {"activations": float(shape.transient(tokens, size)), "logits": float(shape.logits(tokens))}
     scored = [shape] if extent.reward is None else [shape, extent.reward]
-    passed = {"gathered": max(one.gathered(size) for one in scored)} if parts > 1 else {}
-    trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
+    passed = {"gathered": max(one.gathered(size, on_cpu=extent.on_cpu) for one in scored)} if parts > 1 else {}
+    trained = {"gathered": shape.gathered(size, trains=is_full, on_cpu=extent.on_cpu)} if parts > 1 else {}
     gradients = {"gradients": own(FLOAT32 * (policy + critic))}
     copy = checkpoint_copy(recipe, extent, own(FLOAT32 * (policy + critic)) + state["optimizer"])
     kept_to_save = FLOAT32 * float(critic)
@@ -87,7 +87,7 @@ def _copied(extent: Extent, own: Callable[[float], float], parts: int) -> dict[s
     """Roles of writing the policy beside all that trains, see `saving`: the policy is a copy of the one that trains."""
     size = FLOAT32 * extent.shape.weights
     if parts > 1:  # what is read back takes the place of the copy
-        return {"copy to write": own(size), "gathered": extent.shape.gathered(FLOAT32)}
+        return {"copy to write": own(size), "gathered": extent.shape.gathered(FLOAT32, on_cpu=extent.on_cpu)}
     return {"copied policy": size, "copy to write": size}
 
 
@@ -99,7 +99,7 @@ def _drawing(
     if recipe.generation.vllm_server is not None:
         return {"sent": sent(shape)}
     if recipe.generation.engine == "vllm":  # which gets the weights one layer after another
-        gathered = shape.gathered(FLOAT32) if parts > 1 else 0.0
+        gathered = shape.gathered(FLOAT32, on_cpu=extent.on_cpu) if parts > 1 else 0.0
         return {"vLLM": vllm_share(shape, recipe.generation, extent, longest), "gathered": gathered}
     rows = math.ceil(settings.completions_per_step / extent.processes)
     rows = min(settings.rollout_batch_size, rows)
@@ -107,8 +107,10 @@ def _drawing(
     merged = settings.adapter == "lora" and held == size == FLOAT32 and parts == 1
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     drawing["merged adapter"] = float(FLOAT32 * shape.backbone * merged)
-    if parts > 1:  # the whole policy, for every token
-        drawing["gathered"] = float(shape.weights * size)
+    if parts > 1:  # the whole policy, for every token, with the adapters on it
+        adapters = int(settings.adapter == "lora") + int(settings.critic_is_adapter)
+        whole = shape.weights * size + FLOAT32 * adapters * shape.adapter(settings.lora.rank)
+        drawing["gathered"] = whole + (2.0 * shape.sent_at_once(size) if extent.on_cpu else 0.0)
     return drawing
 
 
