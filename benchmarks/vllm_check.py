@@ -208,7 +208,8 @@ def serving(command: list[str], port: int) -> Iterator[Callable[[], None]]:
 
 def on_server(given: argparse.Namespace) -> dict[str, Any]:
     """Draw through a server on the second GPU, also while it is killed."""
-    from rlhf_cli.generation.server_generator import VLLMServerGenerator, server_obstacle
+    from rlhf_cli.generation.server_generator import VLLMServerGenerator
+    from rlhf_cli.generation.server_obstacle import server_obstacle
     from rlhf_cli.settings.shared import GenerationSettings
 
     policy, adapters = adapted_policy(given)

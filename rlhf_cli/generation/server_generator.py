@@ -21,8 +21,7 @@ from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_draw import Draw, Drawn, PendingDraw
-from rlhf_cli.generation.vllm_generator import Obstacle, obstacle
-from rlhf_cli.generation.vllm_server import CLIENT, LostError, VLLMServer, client_version
+from rlhf_cli.generation.vllm_server import LostError, VLLMServer
 from rlhf_cli.models.gathering import GatheredItems
 from rlhf_cli.models.loading import context_length
 from rlhf_cli.models.merged_weights import merged_weights
@@ -32,22 +31,6 @@ from rlhf_cli.settings.shared import GenerationSettings
 
 _ATTEMPTS = 3
 """How often a server may be lost while it draws the same completions."""
-
-
-def server_obstacle(policies: Sequence[Policy]) -> Obstacle | None:
-    """Return why a vLLM server cannot draw the completions of a stage's policies; None if it can, as far as is known
-    without it."""
-    version, fix = client_version(), f"install it with `pip install 'trl=={CLIENT}.*'`"
-    if version is None:
-        return Obstacle("trl, whose client of vllm's server is used, is not installed", fix)
-    if not version.startswith(f"{CLIENT}."):
-        return Obstacle(f"trl {version} is installed, and only {CLIENT} is supported", fix)
-    if len(policies) > 1 and ProcessGroup(policies[0].source.device).count > 1:
-        return Obstacle(
-            "several models take turns on the server, which works with one process only",
-            "run this stage with `--processes 1`, or without `generation.vllm_server`",
-        )
-    return obstacle(policies)
 
 
 class VLLMServerGenerator:

@@ -1,12 +1,11 @@
 """A vLLM server on GPUs of its own, through TRL's client: the only module that calls either.
 
 docs/generation.md lists what it relies on. TRL, vLLM and requests are optional dependencies; this module is imported
-where `generation.vllm_server` is set.
+where `generation.vllm_server` is set and `server_obstacle` found none.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import socket
 import time
@@ -31,8 +30,6 @@ from rlhf_cli.http_client.addresses import network_error
 from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.progress import warn
 
-CLIENT = "1.16"
-"""The series of TRL whose client this module knows."""
 START = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --weight-transfer-config {transfer} --logprobs-mode processed_logprobs"
 )
@@ -47,14 +44,6 @@ _CLEARINGS = 10
 """Attempts to clear the cache: blocks of the last completions may be freed a moment later."""
 CHUNK_BYTES = 2**29
 """Weights are announced and sent in parts of about this size, so that no copy of the model is made."""
-
-
-def client_version() -> str | None:
-    """Return the version of TRL that is installed; None if none is."""
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def start_command(model: str) -> str:

@@ -118,7 +118,7 @@ def _server(
     context: StageContext[Any, Any], policies: Sequence[Policy], processes: ProcessGroup
 ) -> tuple[Generator, str, str]:
     """Return the generator of `generation.vllm_server`, its name and where it is."""
-    from rlhf_cli.generation.server_generator import VLLMServerGenerator, server_obstacle
+    from rlhf_cli.generation.server_obstacle import server_obstacle
 
     settings = context.recipe.generation
     found = server_obstacle(policies)
@@ -126,6 +126,8 @@ def _server(
         if found is None:
             raise ModelError("`generation.vllm_server`: another process cannot use it")
         raise ModelError(f"`generation.vllm_server`: {found.reason}", hint=found.fix)
+    from rlhf_cli.generation.server_generator import VLLMServerGenerator
+
     generator = VLLMServerGenerator(settings, policies[0], longest_prompt=context.recipe.data.max_prompt_tokens)
     generator.start(policies[0])
     return generator, f"vllm {generator.version}", f"on {settings.vllm_server}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from rlhf_cli.errors import DivergedError, Interrupted, ModelError, ServerLostError
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.generation.server_generator import VLLMServerGenerator, server_obstacle
+from rlhf_cli.generation.server_generator import VLLMServerGenerator
+from rlhf_cli.generation.server_obstacle import server_obstacle
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.merged_weights import merged_weights
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
@@ -290,8 +293,17 @@ def test_what_is_drawn_ahead_has_the_weights_of_its_beginning(trained):
     ],
 )
 def test_what_keeps_a_server_from_a_stage(version, processes, reason, vllm, tiny_llama, monkeypatch):
-    monkeypatch.setattr("rlhf_cli.generation.server_generator.client_version", lambda: version)
+    monkeypatch.setattr("rlhf_cli.generation.server_obstacle.client_version", lambda: version)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     policies = [on_cuda(tiny_llama), on_cuda(tiny_llama)]
     found = server_obstacle(policies)
     assert (found is None) if reason is None else (found.fix and reason in found.reason)
+
+
+def test_a_package_that_the_client_needs_is_named(vllm, tiny_llama, monkeypatch):
+    monkeypatch.setattr("rlhf_cli.generation.server_obstacle.client_version", lambda: "1.16.3")
+    monkeypatch.setitem(sys.modules, "requests", None)  # as if it was not installed
+    found = server_obstacle([on_cuda(tiny_llama)])
+    assert found is not None
+    assert "requests" in found.reason
+    assert "requests" in found.fix

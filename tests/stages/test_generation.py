@@ -246,7 +246,7 @@ def test_vllm_that_is_asked_for_and_not_installed_is_an_error_before_the_first_s
 
 
 def test_a_server_draws_where_one_is_named(vllm, server_of, tiny_llama, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rlhf_cli.generation.server_generator.server_obstacle", lambda policies: None)
+    monkeypatch.setattr("rlhf_cli.generation.server_obstacle.server_obstacle", lambda policies: None)
     server = server_of(tiny_llama)
     server.longest = 4096
     for _ in range(2):
