@@ -36,7 +36,7 @@ RUNS = ("sft-none", "ppo-none", "sft-lora", "ppo-lora")
 SLACK = 1.15
 LIMIT = 3_600
 """Seconds after which a command is killed."""
-DIVIDED = ("policy", "critic", "reference", "reward model", "gradients", "optimizer", "trained weights")
+DIVIDED = ("policy", "critic", "reference", "reward model", "gradients", "optimizer", "trained weights", "other models")
 """Roles of `rlhf plan` that ranks divide; the others each has whole."""
 
 

@@ -19,6 +19,8 @@ FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
 _LOGITS_TILE = (2_048, 4_096)
 """Tokens and vocabulary entries of `generation.chunked_logprobs`."""
+_CACHE_BLOCK = 128
+"""Tokens by which `attention.slot_cache` grows."""
 
 
 @dataclass(frozen=True)
@@ -149,22 +151,34 @@ class ModelShape:
         """Bytes of the tiles of logits that a loss holds at once: logits, their softmax and their gradient."""
         return 3 * FLOAT32 * min(tokens, _LOGITS_TILE[0]) * min(self.vocabulary, _LOGITS_TILE[1])
 
-    def gathered(self, number_bytes: int, *, trains: bool = False, on_cpu: bool = False) -> float:
+    def gathered(
+        self,
+        number_bytes: int,
+        *,
+        rank: int | None = None,
+        adapters: int = 1,
+        trains: bool = False,
+        on_cpu: bool = False,
+    ) -> float:
         """Bytes that a process of a sharded run gathers in a pass: a block, the next one, and what is outside of them.
 
         Args:
             number_bytes: size of a number.
-            trains: adds gradients that are not divided yet, and those that are summed in float32: of a block, and
-                outside the blocks.
+            rank: of adapters, which are gathered in float32 with their block; None without.
+            adapters: their number.
+            trains: adds gradients that are not divided yet, and those that are summed in float32: of one adapter in a
+                block; without adapters those of the block, and outside the blocks.
             on_cpu: adds gloo's copy of what a message gathers or sums: a block, or what is outside of them.
         """
-        block = self.backbone / self.layers
-        gradients = (block + self.embeddings) * (number_bytes + FLOAT32) if trains else 0.0
-        copied = self.sent_at_once(FLOAT32 if trains else number_bytes) if on_cpu else 0.0
-        return (2 * block + self.embeddings) * number_bytes + gradients + copied
+        block, adapter = self.backbone / self.layers, self.adapter(rank or 0) / self.layers
+        found = (2 * block + self.embeddings) * number_bytes + 2 * adapters * adapter * FLOAT32
+        if trains:
+            found += (block + self.embeddings) * (number_bytes + FLOAT32) if rank is None else 2 * adapter * FLOAT32
+        sums = trains and rank is None
+        return found + (self.sent_at_once(FLOAT32 if sums else number_bytes) if on_cpu else 0.0)
 
     def sent_at_once(self, number_bytes: int) -> float:
-        """Bytes of the largest message of a sharded run: a block, or what is outside of them."""
+        """Bytes of the largest message of a sharded run, adapters aside: a block, or what is outside of them."""
         return max(self.backbone / self.layers, float(self.embeddings)) * number_bytes
 
     def cache_token(self, number_bytes: int) -> int:
@@ -172,8 +186,9 @@ class ModelShape:
         return 2 * self.layers * self.keys * number_bytes
 
     def cache(self, rows: int, tokens: int, number_bytes: int) -> int:
-        """Bytes of the keys and values of `rows` sequences of `tokens`, and of one layer's copy as it grows."""
-        return 2 * rows * tokens * self.keys * number_bytes * (self.layers + 1)
+        """Bytes of keys and values of `rows` sequences of `tokens`, and of a layer's copy as they grow, in blocks."""
+        columns = -(-tokens // _CACHE_BLOCK) * _CACHE_BLOCK
+        return 2 * rows * columns * self.keys * number_bytes * (self.layers + 1)
 
     def sampling(self, rows: int) -> int:
         """Bytes of logits, probabilities and float64 sums of blocks of them while a token is drawn for each row."""

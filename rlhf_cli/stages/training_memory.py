@@ -62,7 +62,9 @@ def training_memory(
         "gradients": own,
         "optimizer": own_part(model, extent, state),
         "activations": float(activations),
-        "gathered": shape.gathered(size, trains=is_full, on_cpu=extent.on_cpu) if shards(model, extent) > 1 else 0.0,
+        "gathered": shape.gathered(size, rank=rank, trains=True, on_cpu=extent.on_cpu)
+        if shards(model, extent) > 1
+        else 0.0,
     }
     update |= checkpoint_copy(recipe, extent, update["optimizer"] + own)
     return TrainingMemory({role: own_part(model, extent, frozen), "trained weights": own}, update, tokens)

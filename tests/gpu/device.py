@@ -1,4 +1,4 @@
-"""Tensors that say `cuda:0`, compute on the CPU, refuse what CUDA refuses, and report to a `Ledger`.
+"""Tensors that say `cuda:0`, compute on the CPU, refuse what CUDA refuses or cannot do, and report to a `Ledger`.
 
 `guard.load` must have run before torch was imported. What stays invisible: numerics of real kernels, NCCL, streams, and
 kernels that torch has for CUDA alone.
@@ -171,6 +171,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     named = None if named is None else torch.device(named)
     if func not in _MAY_CROSS:
         _refuse_mixed(func, args, tensors, on_device)
+    _refuse_freed(func, on_device)
     _refuse_generator(kwargs.get("generator"), named, on_device)
     if on_device:
         _count_synchronizations(func, args)
@@ -225,6 +226,19 @@ def _refuse_mixed(func: Any, args: Any, tensors: Sequence[Tensor], on_device: Se
     raise RuntimeError(
         f"Expected all tensors to be on the same device, but found at least two devices, {names}! ({func})"
     )
+
+
+def _refuse_freed(func: Any, on_device: Sequence[FakeCudaTensor]) -> None:
+    """Raise where a tensor's memory is freed, as that of weights that `fully_shard` dropped; CUDA reads what is there.
+
+    Views read nothing.
+    """
+    if func.is_view:
+        return
+    for tensor in on_device:
+        held = tensor.on_host
+        if held.numel() and held.layout == torch.strided and not held.untyped_storage().nbytes():
+            raise RuntimeError(f"{func} of a tensor {tuple(held.shape)} on {tensor.device} whose memory is freed")
 
 
 def _refuse_generator(

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr c10::DeviceIndex kDevices = 2;
+constexpr c10::DeviceIndex kDevices = 4;
 thread_local c10::DeviceIndex current = 0;
 
 struct FakeGuard final : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {

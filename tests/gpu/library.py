@@ -36,7 +36,7 @@ def install(library: ctypes.CDLL, devices: int = 1) -> None:
 
     Args:
         library: from `guard.load`.
-        devices: 1 or 2.
+        devices: 1 to 4, see guard.cpp.
     """
     _devices(library, devices)
     _randomness(devices)

@@ -75,3 +75,6 @@ WHOLE = Mutant(
     r"\1\2\n\1globals().setdefault('_KEPT', []).extend(one.detach().to(device) + 0 for one in block.parameters())",
 )
 """Every rank keeps a copy of all blocks on its device."""
+
+STALE = Mutant("models/sharding.py", r"(fully_shard\(block, mesh=mesh,)", r"\1 reshard_after_forward=False,")
+"""Blocks stay whole after a pass until a backward pass drops them: what was taken for a weight is then freed memory."""

@@ -143,8 +143,8 @@ def _outcome(request: dict[str, Any], status: str) -> Outcome:
     )
 
 
-def environment() -> dict[str, str]:
-    """Variables of a process that runs with fake GPUs."""
+def environment(devices: int) -> dict[str, str]:
+    """Variables of a process that runs with so many fake GPUs."""
     return os.environ | {
         "CI": "1",
         "OMP_NUM_THREADS": "1",
@@ -152,7 +152,7 @@ def environment() -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "0,1",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices))),
     }
 
 
@@ -167,7 +167,7 @@ def fake_gpus(devices: int = 1) -> Iterator[Host]:
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment() | {"TRITON_INTERPRET": "0"},
+            env=environment(devices) | {"TRITON_INTERPRET": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

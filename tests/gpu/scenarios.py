@@ -41,6 +41,8 @@ def refusals() -> dict[str, str]:
 
     here, there, host = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1"), torch.ones(3)
     rows = torch.tensor([0, 1])
+    dropped = torch.ones(3, device="cuda")
+    dropped.untyped_storage().resize_(0)
     cases = {
         "host": lambda: here + host,
         "other device": lambda: here + there,
@@ -52,6 +54,8 @@ def refusals() -> dict[str, str]:
         "numpy": lambda: here.numpy(),
         "generator": lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
         "random state": lambda: torch.cuda.set_rng_state(torch.get_rng_state()),
+        "dropped": lambda: dropped + here,
+        "view of dropped": lambda: dropped.detach(),
         "no such device": lambda: torch.cuda.set_device(2),
         "scalar of the host": lambda: here * host.sum(),
         "index of the host": lambda: here[rows],

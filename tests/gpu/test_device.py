@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu.running import Host
 
-ALLOWED = {"scalar of the host", "index of the host", "same device"}
+ALLOWED = {"scalar of the host", "index of the host", "same device", "view of dropped"}
 
 
 def test_it_refuses_what_cuda_refuses(gpu: Host, tmp_path: Path):
@@ -17,6 +17,7 @@ def test_it_refuses_what_cuda_refuses(gpu: Host, tmp_path: Path):
     assert "cpu and cuda:0" in found["host"]
     assert "cuda:0 and cuda:1" in found["other device"]
     assert "Tensor.cpu()" in found["numpy"]
+    assert "memory is freed" in found["dropped"]
 
 
 @pytest.mark.parametrize(

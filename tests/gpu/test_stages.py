@@ -124,7 +124,7 @@ def on_two_gpus(folder: Path, *arguments: str) -> str:
     result = subprocess.run(
         [sys.executable, "-m", "rlhf_cli", *arguments, "--processes", "2"],
         cwd=folder,
-        env=environment() | {"RLHF_FAKE_GPU": library, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"},
+        env=environment(2) | {"RLHF_FAKE_GPU": library, "PYTHONPATH": paths, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=400,

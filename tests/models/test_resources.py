@@ -97,6 +97,17 @@ def test_bytes_by_hand():
     assert moments(1_034, "adamw-8bit", embeddings=10) == by_hand, "a byte per number and a scale per 256"
     assert SHAPE.activations(10, 2, recompute=True) < SHAPE.activations(10, 2) < SHAPE.activations(10, 4)
     assert SHAPE.logits(10) == 3 * 4 * 10 * 100
+    assert SHAPE.cache(3, 130, 2) == 2 * 3 * 256 * 4 * 2 * (2 + 1), "two blocks, two layers and a copy of one"
+
+
+def test_what_a_process_gathers_by_hand():
+    """A block has (1,900 - 800) / 2 = 550 weights; 800 are outside; an adapter of rank 2 has as many per layer."""
+    adapter = SHAPE.adapter(2) / 2
+    assert SHAPE.gathered(2) == (2 * 550 + 800) * 2
+    assert SHAPE.gathered(2, trains=True) == SHAPE.gathered(2) + (550 + 800) * (2 + 4)
+    assert SHAPE.gathered(2, rank=2, adapters=2) == SHAPE.gathered(2) + 2 * 2 * adapter * 4
+    trained = SHAPE.gathered(2, rank=2, adapters=2, trains=True)
+    assert trained == SHAPE.gathered(2, rank=2, adapters=2) + 2 * adapter * 4, "of one adapter at a time"
 
 
 def test_the_most_at_any_one_time():

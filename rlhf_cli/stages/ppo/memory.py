@@ -62,9 +62,11 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     }
     drawing = _drawing(settings, recipe, extent, held=held, size=size, longest=longest)
     once = {"activations": float(shape.transient(tokens, size)), "logits": float(shape.logits(tokens))}
-    scored = [shape] if extent.reward is None else [shape, extent.reward]
-    passed = {"gathered": max(one.gathered(size, on_cpu=extent.on_cpu) for one in scored)} if parts > 1 else {}
-    trained = {"gathered": shape.gathered(size, trains=is_full, on_cpu=extent.on_cpu)} if parts > 1 else {}
+    cpu, rank = extent.on_cpu, None if is_full else settings.lora.rank
+    gather = partial(shape.gathered, size, rank=rank, adapters=_adapters(settings), on_cpu=cpu)
+    scored = 0.0 if extent.reward is None else extent.reward.gathered(size, on_cpu=cpu)
+    passed = {"gathered": max(gather(), scored)} if parts > 1 else {}
+    trained = {"gathered": gather(trains=True)} if parts > 1 else {}
     gradients = {"gradients": own(FLOAT32 * (policy + critic))}
     copy = checkpoint_copy(recipe, extent, own(FLOAT32 * (policy + critic)) + state["optimizer"])
     kept_to_save = FLOAT32 * float(critic)
@@ -108,10 +110,14 @@ def _drawing(
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     drawing["merged adapter"] = float(FLOAT32 * shape.backbone * merged)
     if parts > 1:  # the whole policy, for every token, with the adapters on it
-        adapters = int(settings.adapter == "lora") + int(settings.critic_is_adapter)
-        whole = shape.weights * size + FLOAT32 * adapters * shape.adapter(settings.lora.rank)
+        whole = shape.weights * size + FLOAT32 * _adapters(settings) * shape.adapter(settings.lora.rank)
         drawing["gathered"] = whole + (2.0 * shape.sent_at_once(size) if extent.on_cpu else 0.0)
     return drawing
+
+
+def _adapters(settings: PPOSettings) -> int:
+    """Number of adapters on the backbone: of policy and critic."""
+    return 0 if settings.adapter == "none" else 1 + int(settings.critic_is_adapter)
 
 
 def _tokens(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> tuple[int, int]:
