@@ -171,7 +171,9 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
     for one in stage.advice:
         effect = "" if one.keeps_result else "; it changes the result"
         fit = "fits" if one.fits else "not enough by itself"
-        yield "change", f"--set {one.change} saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}{effect}"
+        start = f"; start {one.processes} processes on each machine (`--processes`)" if one.processes else ""
+        saves = f"saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}{effect}{start}"
+        yield "change", f"--set {one.change} {saves}"
 
 
 def _summary(plan: RunPlan) -> Iterator[str]:

@@ -29,7 +29,7 @@ from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.models.resources import CPU_PROCESS, Extent, MemoryNeed
 from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
-from rlhf_cli.pipeline.plan_advice import Advice, advise
+from rlhf_cli.pipeline.plan_advice import Advice, accepted_by, advise
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.planner import Planner, Step
 from rlhf_cli.pipeline.prediction import Took
@@ -44,7 +44,7 @@ from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.generation import check_engine_groups
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
-from rlhf_cli.stages.sharding import check_groups, check_sharding
+from rlhf_cli.stages.sharding import SHARDED_STAGES, check_groups, check_several, check_sharding
 from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Reading, Workload
 
@@ -149,8 +149,12 @@ def plan_run(
     keep_freed_memory()
 
     def check(steps: Sequence[Step]) -> None:
+        names = {step.stage.name for step in not_cached(steps)}
+        if names & set(SHARDED_STAGES):
+            several = "plan for several GPUs with `--gpu NAME --gpus N`"
+            check_several(recipe.model, 1 if target is None else target.cluster.count, several)
         if target is not None:  # `here` has whole models
-            _check_target(target, recipe, {step.stage.name for step in not_cached(steps)})
+            _check_target(target, recipe, names)
         check_steps(here, steps)
 
     planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
@@ -163,7 +167,7 @@ def plan_run(
     trained = [step for step in not_cached(steps) if step.stage.workload is not None]
     with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
         seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
-        stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe, len(trained))
+        stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe, steps)
         with _shown(len(trained), trial=trial) as bar:
             stages = [stage_planner.plan(step, bar) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
@@ -207,12 +211,15 @@ class _StagePlanner:
         seconds: float | None,
         target: Target | None,
         asked: Recipe,
-        to_come: int,
+        steps: Sequence[Step],
     ) -> None:
         self._recipe, self._scratch, self._device, self._limit, self._seconds = recipe, scratch, device, limit, seconds
         self._target, self._asked = target, asked
         self._stand_in = recipe.model.path
-        self._to_come, self._took = to_come, list[float]()
+        to_run = not_cached(steps)
+        self._accepts = accepted_by(asked, {step.stage.name for step in to_run})
+        self._to_come = sum(step.stage.workload is not None for step in to_run)
+        self._took = list[float]()
 
     def plan(self, step: Step, bar: Task | None) -> StagePlan:
         """Return what a stage will take; the bar counts the stages that have trials."""
@@ -268,7 +275,7 @@ class _StagePlanner:
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
         advice: Sequence[Advice] = ()
         if memory is not None and memory.total > self._limit:
-            advice = advise(stage, section, recipe, extent, self._limit)
+            advice = advise(stage, section, recipe, extent, self._limit, self._accepts)
         return StagePlan(
             name=stage.name,
             action=step.action,

@@ -1,18 +1,24 @@
 """What to change if a stage does not fit the memory of this machine: each setting, to what, and what it saves.
 
 Each change is made to the recipe, and the same formulas give the memory again. Settings that change speed alone come
-first, then those that change the result.
+first, then those that change the result. Changes that the recipe or its stages refuse are omitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.resources import Extent, shards
+from rlhf_cli.recipe.overrides import Layers, parse_set
+from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Stage
+from rlhf_cli.stages.sharding import check_sharding
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Advice:
         total: bytes that the stage then needs.
         fits: whether that is within the memory.
         keeps_result: whether the change affects memory and speed only.
+        processes: on each machine that the change needs; 0 if it works with any number.
     """
 
     change: str
@@ -32,6 +39,7 @@ class Advice:
     total: int
     fits: bool
     keeps_result: bool
+    processes: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,32 @@ class _Changed:
     recipe: RunSettings
     extent: Extent
     keeps_result: bool = True
+    processes: int = 0
 
 
-def advise(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent, limit: int) -> list[Advice]:
+def accepted_by(recipe: Recipe, stages: Container[str]) -> Callable[[str], bool]:
+    """Return whether a recipe accepts a change, such as `ppo.optimizer=adamw-8bit`.
+
+    Args:
+        recipe: as the user wrote it, without what is assumed to plan it.
+        stages: names of the stages that run.
+    """
+
+    def accepts(change: str) -> bool:
+        layers = Layers(recipe.model_dump())
+        layers.add(parse_set(change))
+        try:
+            check_sharding(Recipe.model_validate(layers.data), stages)
+        except (ValidationError, UsageError):
+            return False
+        return True
+
+    return accepts
+
+
+def advise(
+    stage: Stage, settings: Any, recipe: RunSettings, extent: Extent, limit: int, accepts: Callable[[str], bool]
+) -> list[Advice]:
     """Return the changes that save memory; one that can take several values has the mildest that fits, else its last.
 
     Args:
@@ -54,6 +85,7 @@ def advise(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent, lim
         recipe: of the run, with its precision.
         extent: of the stage.
         limit: bytes of memory.
+        accepts: whether a change is one that the recipe allows, see `accepted_by`.
     """
     before = stage.memory(settings, recipe, extent)
     if before is None:
@@ -64,10 +96,9 @@ def advise(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent, lim
         if name in found and found[name].fits:
             continue
         need = stage.memory(changed.settings, changed.recipe, changed.extent)
-        if need is not None and need.total < before.total:
-            found[name] = Advice(
-                changed.change, before.total - need.total, need.total, need.total <= limit, changed.keeps_result
-            )
+        if need is not None and need.total < before.total and accepts(changed.change):
+            saved, fits = before.total - need.total, need.total <= limit
+            found[name] = Advice(changed.change, saved, need.total, fits, changed.keeps_result, changed.processes)
     return sorted(found.values(), key=lambda one: (not one.fits, not one.keeps_result))
 
 
@@ -77,7 +108,7 @@ def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -
     model, is_lora = recipe.model, getattr(settings, "adapter", "") == "lora"
     if extent.processes > 1 and shards(model, extent) == 1 and model.quantize == "none":
         sharded = _of_model("model.sharding", {"sharding": "fsdp"}, "fsdp", settings, recipe, extent)
-        yield replace(sharded, keeps_result=True)
+        yield replace(sharded, keeps_result=True, processes=extent.machine or extent.processes)
     if shards(model, extent) > 1 and not extent.on_cpu and not model.sharding_cpu_offload:
         name = "sharding_cpu_offload"
         offloaded = _of_model(f"model.{name}", {name: True}, "true", settings, recipe, extent)

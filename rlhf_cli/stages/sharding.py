@@ -10,7 +10,8 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import ModelSettings
 
-_TRAINING = ("sft", "train-rm", "ppo")
+SHARDED_STAGES = ("sft", "train-rm", "ppo")
+"""Stages that train, and so divide models among processes."""
 _WHOLE = "`--set model.sharding=none` lets every process hold whole models"
 
 
@@ -19,7 +20,7 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
     if recipe.model.sharding == "none":
         return
     found = []
-    for name in (name for name in _TRAINING if name in stages):
+    for name in (name for name in SHARDED_STAGES if name in stages):
         setting = f"{name.replace('-', '_')}.optimizer"
         if (optimizer := recipe.value(setting)) not in ("adamw", None):
             found.append(f"{setting}: {optimizer}")
@@ -42,11 +43,7 @@ def require_processes(recipe: RunSettings) -> None:
     model, count = recipe.model, world_size()
     if model.sharding == "none":
         return
-    if count == 1:
-        raise UsageError(
-            f"`model.sharding: {model.sharding}` divides a model among several processes, but there is only one",
-            hint="start several with `--processes N`, or leave the model whole with `--set model.sharding=none`",
-        )
+    check_several(model, count, "start several with `--processes N`")
     _check_size(model, count)
     if model.sharding_cpu_offload:
         from rlhf_cli.models.device import resolve_device
@@ -56,6 +53,21 @@ def require_processes(recipe: RunSettings) -> None:
                 f"`model.sharding_cpu_offload` has no effect on the device `{device}`: its weights are in host memory",
                 hint="run on GPUs, or use `--set model.sharding_cpu_offload=false`",
             )
+
+
+def check_several(model: ModelSettings, count: int, remedy: str) -> None:
+    """Raise `UsageError` if models should be sharded, and `count` processes are only one.
+
+    Args:
+        model: section `model`.
+        count: processes of the run.
+        remedy: how to have several, for the hint.
+    """
+    if model.sharding != "none" and count == 1:
+        raise UsageError(
+            f"`model.sharding: {model.sharding}` divides a model among several processes, but there is only one",
+            hint=f"{remedy}, or leave the model whole with `--set model.sharding=none`",
+        )
 
 
 def _check_size(model: ModelSettings, count: int) -> None:

@@ -15,7 +15,7 @@ from rlhf_cli.models.model_shape import ModelShape
 from rlhf_cli.models.resources import CPU_PROCESS, Extent
 from rlhf_cli.pipeline import plan as planning
 from rlhf_cli.pipeline.plan import plan_run
-from rlhf_cli.pipeline.plan_advice import advise
+from rlhf_cli.pipeline.plan_advice import accepted_by, advise
 from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
@@ -158,7 +158,10 @@ def test_advice_names_the_setting_and_how_much_it_saves():
     extent = Extent(dataclasses.replace(SHAPE, weights=10_000_000))
     need = stage.memory(section, recipe, extent)
     assert need is not None
-    advice = {one.change: one for one in advise(stage, section, recipe, extent, limit=need.total * 3 // 4)}
+    accepted = accepted_by(recipe, {"sft"})
+    advice = {
+        one.change: one for one in advise(stage, section, recipe, extent, limit=need.total * 3 // 4, accepts=accepted)
+    }
     assert advice["sft.adapter=lora"].fits
     assert not advice["sft.adapter=lora"].keeps_result
     assert advice["sft.gradient_checkpointing=true"].keeps_result

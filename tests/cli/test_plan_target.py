@@ -17,6 +17,7 @@ from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import COMPUTE
 from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.stages.sharding import check_sharding
 
 
 @pytest.fixture
@@ -96,7 +97,8 @@ def test_more_gpus_divide_the_work(small: Path):
 
 def test_sharded_models_are_planned_where_there_is_one_process(small: Path):
     changes = ("model.sharding=fsdp", "generation={engine: torch}", "ppo.adapter=none", "ppo.critic_from=policy")
-    whole, sharded = (planned(small, *changes, size="8b", count=count).stages[1].memory for count in (1, 8))
+    whole = planned(small, *changes[1:], size="8b").stages[1].memory
+    sharded = planned(small, *changes, size="8b", count=8).stages[1].memory
     assert whole is not None
     assert sharded is not None
     assert sharded.phases["update"]["optimizer"] == whole.phases["update"]["optimizer"] // 8
@@ -148,6 +150,38 @@ def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsy
     said = " ".join(capsys.readouterr().out.split())
     assert "does not fit 24.0 GB" in said
     assert "time: the speed of this GPU is not known" in said
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_each_change_that_is_printed_is_one_that_the_recipe_accepts(sharding, adapter, small: Path):
+    (small.parent / "sft.jsonl").write_text('{"prompt": "Why?", "completion": " Because."}\n' * 24)
+    given = [f"model.sharding={sharding}", "generation={engine: torch}", f"ppo.adapter={adapter}", "sft.data=sft.jsonl"]
+    given += [f"sft.adapter={adapter}", f"train_rm.adapter={adapter}"]
+    found = planned(small, *given, size="70b", count=8)
+    changes = {one.change for stage in found.stages for one in stage.advice}
+    assert changes
+    assert ("ppo.optimizer=adamw-8bit" in changes) is (sharding == "none"), "what is possible is still named"
+    for change in changes:
+        check_sharding(load_recipe(small, [*given, change]).recipe, {stage.name for stage in found.stages})
+
+
+def test_sharding_is_proposed_with_the_processes_that_it_needs(small: Path, capsys):
+    (alone,) = [stage for stage in planned(small, size="70b").stages if stage.name == "ppo"]
+    assert "model.sharding=fsdp" not in [one.change for one in alone.advice]
+    show_plan(planned(small, size="70b", count=16))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--set model.sharding=fsdp saves" in said
+    assert "; start 8 processes on each machine (`--processes`)" in said
+
+
+@pytest.mark.parametrize("machine", [(), ("--gpu", "h100")])
+def test_sharding_is_refused_for_one_process_as_the_stage_refuses_it(machine, small: Path, rlhf_here):
+    settings = ("--set", "model.sharding=fsdp", "--set", "generation={}")
+    code, said = rlhf_here("plan", small, "--no-trial", *machine, *settings)
+    assert code == 2
+    assert "divides a model among several processes, but there is only one" in said
+    assert "--gpu NAME --gpus N" in said
 
 
 @pytest.mark.parametrize(
