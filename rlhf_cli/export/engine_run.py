@@ -13,6 +13,7 @@ from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt, prompt_key
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.export.batch_sizes import BatchSizes
 from rlhf_cli.export.models import ExportedModel, find_model, write_plain
 from rlhf_cli.generation.contract import read_contract, split_of
 from rlhf_cli.generation.prompts import prompt_style
@@ -47,6 +48,7 @@ class EngineRun:
         train: prompts to train on.
         held_out: the others.
         sampling: how completions are drawn.
+        context: tokens that the policy can read, see `models.loading.context_length`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class EngineRun:
     train: list[Prompt]
     held_out: list[Prompt]
     sampling: Sampling
+    context: int
 
     @property
     def ppo(self) -> PPOSettings:
@@ -84,8 +87,9 @@ class EngineRun:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Longest prompt in tokens."""
-        return self.recipe.data.max_prompt_tokens
+        """Longest prompt in tokens: with its completion it fits into the context of the policy."""
+        longest = self.recipe.data.max_prompt_tokens
+        return max(1, min(longest, self.context - self.sampling.max_new_tokens))
 
     @property
     def passes(self) -> int:
@@ -110,7 +114,7 @@ def read_run(folder: Path) -> EngineRun:
         UsageError: it is not a run directory, has no recipe with `ppo`, or a model is missing.
         DataError: the prompts cannot be read.
     """
-    from rlhf_cli.models.loading import ModelSource, load_tokenizer
+    from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
 
     if not (folder / RECIPE).is_file():
         raise UsageError(f"{folder} is not a run directory: it has no {RECIPE}", hint="give one, such as runs/mine")
@@ -133,7 +137,16 @@ def read_run(folder: Path) -> EngineRun:
     prompt_format = PromptFormat(tokenizer, style.template, template_kwargs=style.kwargs)
     train, held_out = _prompts(recipe, policy)
     return EngineRun(
-        folder.resolve().name, recipe, policy, reward_model, tokenizer, prompt_format, train, held_out, sampling
+        name=folder.resolve().name,
+        recipe=recipe,
+        policy=policy,
+        reward_model=reward_model,
+        tokenizer=tokenizer,
+        format=prompt_format,
+        train=train,
+        held_out=held_out,
+        sampling=sampling,
+        context=context_length(load_config(ModelSource(policy.name))),
     )
 
 
@@ -169,13 +182,16 @@ def changed_settings(ppo: PPOSettings, carried: Iterable[str]) -> dict[str, Any]
     return {name: value for name, value in ppo.model_dump(exclude_defaults=True).items() if name not in dropped}
 
 
-def start_script(name: str, version: str, run: EngineRun, command: str, missing: Mapping[str, Any]) -> str:
+def start_script(
+    name: str, version: str, run: EngineRun, sizes: BatchSizes, command: str, missing: Mapping[str, Any]
+) -> str:
     """Return a script that starts an engine in the folder it is in.
 
     Args:
         name: of the engine.
         version: whose options the command uses.
         run: that is continued.
+        sizes: of minibatches, which the script adapts to the GPUs.
         command: with one option per line.
         missing: settings of the recipe that the engine does not get, see `changed_settings`.
     """
@@ -183,5 +199,5 @@ def start_script(name: str, version: str, run: EngineRun, command: str, missing:
     if missing:
         lines += ["# Settings of the recipe that have no equivalent here:"]
         lines += [f"#   ppo.{key}: {json.dumps(value, default=str)}" for key, value in missing.items()]
-    lines += ["set -euo pipefail", 'cd "$(dirname "$0")"', "GPUS=${GPUS:-8}    # of each node", "NODES=${NODES:-1}"]
+    lines += ["set -euo pipefail", 'cd "$(dirname "$0")"', *sizes.lines()]
     return "\n".join([*lines, "", command]) + "\n"

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.export.batch_sizes import BatchSizes
 from rlhf_cli.export.engine_run import POLICY, REWARD_MODEL, EngineRun, changed_settings, start_script
 
 VERSION = "0.11.2"
@@ -31,9 +32,17 @@ def write_openrlhf(run: EngineRun, folder: Path) -> str:
     lines = ["python3 -m openrlhf.cli.train_ppo_ray"]
     for name, value in options(run, run.critic(folder)).items():
         lines.append(f"--{name}" if value is True else f"--{name} {_written(value)}")
-    script = start_script("OpenRLHF", VERSION, run, " \\\n    ".join(lines), _missing(run))
+    sizes = batch_sizes(run)
+    script = start_script("OpenRLHF", VERSION, run, sizes, " \\\n    ".join(lines), _missing(run))
     (folder / "train.sh").write_text(script, encoding="utf-8")
-    return made
+    return "\n".join(filter(None, (made, sizes.report())))
+
+
+def batch_sizes(run: EngineRun) -> BatchSizes:
+    """Return the sizes of the recipe; OpenRLHF counts a minibatch in completions."""
+    ppo = run.ppo
+    completions = ppo.completions_per_step
+    return BatchSizes(completions, completions // ppo.minibatches, 1, ppo.micro_batch_size)
 
 
 def _written(value: Any) -> str:
@@ -70,10 +79,10 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         "rollout.temperature": sampling.temperature,
         "rollout.batch_size": ppo.prompts_per_step,
         "rollout.n_samples_per_prompt": ppo.samples_per_prompt,
-        "rollout.micro_batch_size": ppo.micro_batch_size,
+        "rollout.micro_batch_size": "$MICRO_BATCH",
         "train.num_episodes": run.passes,
-        "train.batch_size": ppo.completions_per_step // ppo.minibatches,
-        "train.micro_batch_size": ppo.micro_batch_size,
+        "train.batch_size": "$MINIBATCH",
+        "train.micro_batch_size": "$MICRO_BATCH",
         "train.max_epochs": ppo.epochs,
         "train.seed": run.recipe.seed,
         "algo.advantage.estimator": "gae",

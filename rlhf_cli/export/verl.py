@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.export.batch_sizes import BatchSizes
 from rlhf_cli.export.engine_run import POLICY, REWARD_MODEL, EngineRun, changed_settings, start_script
 
 VERSION = "0.9.1"
@@ -32,9 +33,17 @@ def write_verl(run: EngineRun, folder: Path) -> str:
         _write_prompts(run, prompts, folder / name)
     lines = ["python3 -m verl.trainer.main_ppo"]
     lines += [f"{name}={_written(value)}" for name, value in options(run, run.critic(folder)).items()]
-    script = start_script("verl", VERSION, run, " \\\n    ".join(lines), _missing(run))
+    sizes = batch_sizes(run)
+    script = start_script("verl", VERSION, run, sizes, " \\\n    ".join(lines), _missing(run))
     (folder / "train.sh").write_text(script, encoding="utf-8")
-    return made
+    return "\n".join(filter(None, (made, sizes.report())))
+
+
+def batch_sizes(run: EngineRun) -> BatchSizes:
+    """Return the sizes of the recipe; verl counts a minibatch in prompts."""
+    ppo = run.ppo
+    minibatch = max(1, ppo.prompts_per_step // ppo.minibatches)
+    return BatchSizes(ppo.prompts_per_step, minibatch, ppo.samples_per_prompt, ppo.micro_batch_size)
 
 
 def _write_templates(run: EngineRun, folder: Path) -> None:
@@ -110,8 +119,8 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         "actor_rollout_ref.model.enable_gradient_checkpointing": ppo.gradient_checkpointing,
         f"{_ACTOR}.ppo_epochs": ppo.epochs,
         # Counted in prompts; verl multiplies it by the completions of each.
-        f"{_ACTOR}.ppo_mini_batch_size": max(1, ppo.prompts_per_step // ppo.minibatches),
-        f"{_ACTOR}.ppo_micro_batch_size_per_gpu": ppo.micro_batch_size,
+        f"{_ACTOR}.ppo_mini_batch_size": "$MINIBATCH",
+        f"{_ACTOR}.ppo_micro_batch_size_per_gpu": "$MICRO_BATCH",
         f"{_ACTOR}.clip_ratio": ppo.clip_range,
         f"{_ACTOR}.clip_ratio_low": ppo.clip_range,
         f"{_ACTOR}.clip_ratio_high": ppo.clip_range,
@@ -121,10 +130,10 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         f"{_ROLLOUT}.tensor_model_parallel_size": 1,
         f"{_ROLLOUT}.temperature": sampling.temperature,
         f"{_ROLLOUT}.n": ppo.samples_per_prompt,
-        f"{_ROLLOUT}.log_prob_micro_batch_size_per_gpu": ppo.micro_batch_size,
-        f"{_REF}.log_prob_micro_batch_size_per_gpu": ppo.micro_batch_size,
+        f"{_ROLLOUT}.log_prob_micro_batch_size_per_gpu": "$MICRO_BATCH",
+        f"{_REF}.log_prob_micro_batch_size_per_gpu": "$MICRO_BATCH",
         "critic.model.path": f"$PWD/{critic}",
-        "critic.ppo_micro_batch_size_per_gpu": ppo.micro_batch_size,
+        "critic.ppo_micro_batch_size_per_gpu": "$MICRO_BATCH",
         "critic.grad_clip": ppo.max_grad_norm,
         f"{_REWARD}.enable": True,
         f"{_REWARD}.model_path": f"$PWD/{REWARD_MODEL}",

@@ -190,8 +190,12 @@ def test_openrlhf_gets_models_prompts_and_the_settings_of_ppo(made_run, tmp_path
     given = dict(itertools.pairwise(words))
     wanted = {"actor.adam.lr": "3e-05", "algo.kl.init_coef": "0.07", "algo.advantage.gamma": "0.9"}
     wanted |= {"algo.advantage.lambd": "0.8", "actor.eps_clip": "0.15", "rollout.batch_size": "8"}
-    wanted |= {"train.batch_size": "4", "rollout.n_samples_per_prompt": "2", "rollout.temperature": "0.7"}
-    wanted |= {"rollout.max_new_tokens": "16", "data.max_len": "528", "train.seed": "7"}
+    wanted |= {"train.batch_size": "$MINIBATCH", "rollout.n_samples_per_prompt": "2", "rollout.temperature": "0.7"}
+    wanted |= {
+        "rollout.max_new_tokens": "16",
+        "data.max_len": str(min(528, read_run(made_run).context)),
+        "train.seed": "7",
+    }
     wanted |= {"train.num_episodes": str(-(-80 // len(rows))), "actor.lr_scheduler": "linear"}
     assert {name: given[f"--{name}"] for name in wanted} == wanted
     assert "#   ppo.length_penalty: 0.01" in script
@@ -218,7 +222,7 @@ def test_verl_gets_models_prompts_and_the_settings_of_ppo(made_run, tmp_path, rl
     subprocess.run(["bash", "-n", str(out / "train.sh")], check=True)
     given = dict(word.split("=", 1) for word in shlex.split(script.partition("main_ppo")[2]) if "=" in word)
     wanted = {"algorithm.kl_ctrl.kl_coef": "0.07", "algorithm.gamma": "0.9", "algorithm.lam": "0.8"}
-    wanted |= {"actor_rollout_ref.actor.ppo_mini_batch_size": "2", "actor_rollout_ref.actor.optim.lr": "3e-05"}
+    wanted |= {"actor_rollout_ref.actor.ppo_mini_batch_size": "$MINIBATCH", "actor_rollout_ref.actor.optim.lr": "3e-05"}
     wanted |= {"actor_rollout_ref.actor.clip_ratio": "0.15", "data.train_batch_size": "8", "data.seed": "7"}
     wanted |= {"actor_rollout_ref.rollout.temperature": "0.7", "data.max_response_length": "16"}
     wanted |= {"trainer.total_training_steps": "10", "critic.model.path": "$PWD/reward-model"}
