@@ -48,7 +48,8 @@ class BatchSizes:
         changed = [f"{name} {used} instead of {given}" for name, given, used in sizes if used != given]
         if not changed:
             return ""
-        return f"train.sh: {' and '.join(changed)}, because sizes must divide evenly among {self.default_gpus} GPUs"
+        why = "evenly" if self.default_gpus == 1 else f"evenly among {self.default_gpus} GPUs"
+        return f"train.sh: {' and '.join(changed)}, because sizes must divide {why}"
 
     def lines(self) -> list[str]:
         """Return lines of bash that set MINIBATCH and MICRO_BATCH from GPUS and NODES, or end with status 2."""
