@@ -285,9 +285,11 @@ def test_a_policy_is_gathered_to_draw_with_its_adapters_and_on_a_cpu_beside_a_me
         assert rollout["gathered"] == 1_900 * 2 + adapters + sent
 
 
-def test_gathered_adapters_have_frozen_weights_in_bfloat16():
+def test_gathered_weights_are_bfloat16_and_adapters_of_policy_and_critic_float32():
     found = memory(2, sharding="fsdp", adapter="lora")
-    assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2
+    adapter = SHAPE.adapter(recipe().ppo.lora.rank) / 2 * 4  # of one of two blocks, in float32
+    assert found["passes"]["gathered"] == (2 * 550 + 800) * 2 + 2 * 2 * adapter
+    assert found["update"]["gathered"] == found["passes"]["gathered"] + 2 * adapter, "gradients of one, and their sum"
     assert found["rollout"]["reference"] == 1_900 * 2 / 2
 
 
