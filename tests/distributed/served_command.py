@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_cli import cli
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.generation import server_generator, vllm_generator
+from rlhf_cli.generation import server_obstacle, vllm_generator
 from tests.generation import server_stand_in, vllm_stand_in
 
 
@@ -21,7 +21,7 @@ def main() -> int:
     patch, processes = pytest.MonkeyPatch(), ProcessGroup()
     vllm_stand_in.install(patch)
     server_stand_in.install_client(patch)
-    for module in (server_generator, vllm_generator):
+    for module in (server_obstacle, vllm_generator):
         patch.setattr(module, "obstacle", lambda policies: None)  # the device is a CPU
     model, setting = sys.argv[1], "generation.engine=vllm"
     if model != "-":

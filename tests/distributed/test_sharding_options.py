@@ -147,7 +147,7 @@ def test_the_command_with_vllm_writes_what_one_process_writes(
     sharded += ["--set", "generation.tensor_parallel_size=2"] if kind == "a shared engine" else []
     engine = tiny_llama if has_server else "-"
     launch("served_command.py", [engine, *given, *sharded, "--run-dir", "two"], 2, cwd=tmp_path)
-    for module in ("server_generator", "vllm_generator"):
+    for module in ("server_obstacle", "vllm_generator"):
         monkeypatch.setattr(f"rlhf_cli.generation.{module}.obstacle", lambda policies: None)
     setting = f"generation.vllm_server={server_of(tiny_llama).url}" if has_server else "generation.engine=vllm"
     code, said = rlhf_here(*given, "--set", setting, "--run-dir", "one")
