@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_OLD_NAMES = ("past_key_values", "cache_params")
+_IS_RENAMED = "cache" in BaseModelOutputWithPast.__dataclass_fields__
+CACHE = "cache" if _IS_RENAMED else "past_key_values"
 """The name in the installed transformers, for attention models."""
-_NAMES = ("cache", "past_key_values", "cache_params")
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
@@ -27,12 +28,13 @@ def cache_argument(cache: object) -> dict[str, Any]:
 def cache_name(forward: Callable[..., object]) -> str:
     """Return the name under which a model's forward pass takes its cache; code of a model's own may use an old one."""
     accepted = inspect.signature(forward).parameters
-    return next((name for name in _NAMES if name in accepted), CACHE)
+    return next((name for name in ("cache", *_OLD_NAMES) if name in accepted), CACHE)
 
 
 def cache_of(output: Mapping[str, Any]) -> Any:
     """Return the cache in a model's output; None if it has none."""
-    return next((output[name] for name in _NAMES if name in output), None)
+    # Since it was renamed, outputs translate the old names, and asking for one of these is warned of.
+    return next((output[name] for name in ((CACHE,) if _IS_RENAMED else _OLD_NAMES) if name in output), None)
 
 
 def takes_cache(forward: Forward) -> Forward:
@@ -40,8 +42,8 @@ def takes_cache(forward: Forward) -> Forward:
 
     @wraps(forward)
     def taking(*args: Any, **kwargs: Any) -> Any:
-        if "past_key_values" in kwargs:
-            kwargs["cache"] = kwargs.pop("past_key_values")
+        if (cache := kwargs.pop("past_key_values", None)) is not None:
+            kwargs["cache"] = cache
         return forward(*args, **kwargs)
 
     return taking  # pyright: ignore[reportReturnType]

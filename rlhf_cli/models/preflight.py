@@ -31,11 +31,15 @@ from rlhf_cli.models.loading import (
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.peft_merging import check_fits
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER
-from rlhf_cli.models.reward_model.classifier import check_classifier, check_reward_config, classifier_class
+from rlhf_cli.models.reward_model.classifier import (
+    check_classifier,
+    check_has_head,
+    check_reward_config,
+    classifier_class,
+)
 from rlhf_cli.models.reward_model.files import (
     RewardModelConfig,
     check_adapter_files,
-    check_has_head,
     read_reward_config,
     refuse_adapter_as_start,
 )

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.console import working
 from rlhf_cli.distributed.signals import SignalStop
-from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
 from rlhf_cli.models.model_shape import FLOAT32
@@ -41,10 +40,9 @@ from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import model_source
-from rlhf_cli.stages.generation import check_engine_groups
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
-from rlhf_cli.stages.sharding import SHARDED_STAGES, check_groups, check_several, check_sharding
+from rlhf_cli.stages.sharding import SHARDED_STAGES, check_several
 from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Reading, Workload
 
@@ -154,7 +152,7 @@ def plan_run(
             several = "plan for several GPUs with `--gpu NAME --gpus N`"
             check_several(recipe.model, 1 if target is None else target.cluster.count, several)
         if target is not None:  # `here` has whole models
-            _check_target(target, recipe, names)
+            target.check(recipe, names)
         check_steps(here, steps)
 
     planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
@@ -184,19 +182,6 @@ def _shown(count: int, *, trial: bool) -> Iterator[Task | None]:
         return
     with task("measuring", count, "stages", saves=False) as bar:
         yield bar
-
-
-def _check_target(target: Target, recipe: Recipe, stages: set[str]) -> None:
-    """Raise `UsageError` if other machines cannot do what the recipe says."""
-    check_sharding(recipe, stages)
-    if target.server_gpus and recipe.generation.vllm_server is None:
-        raise UsageError(
-            "`--server-gpus` needs `generation.vllm_server`",
-            hint="add `--set generation.vllm_server=http://HOST:8000`; no server needs to run there",
-        )
-    of_machine = target.cluster.count // target.cluster.nodes
-    check_groups(recipe.model, target.cluster.count, of_machine)
-    check_engine_groups(recipe.generation, target.cluster.count, of_machine)
 
 
 class _StagePlanner:

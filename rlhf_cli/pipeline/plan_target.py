@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.gpus import Cluster
 from rlhf_cli.models.model_shape import BFLOAT16, ModelShape
 from rlhf_cli.models.resources import Extent, vllm_least
@@ -14,6 +15,8 @@ from rlhf_cli.pipeline.prediction import SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import OUR_ATTENTION
+from rlhf_cli.stages.generation import check_engine_groups
+from rlhf_cli.stages.sharding import check_groups, check_sharding
 from rlhf_cli.stages.workload import Workload
 
 
@@ -41,6 +44,18 @@ class Target:
             changes["attention"] = "auto"
         generation = recipe.generation.model_copy(update={"engine": "torch", "vllm_server": None})
         return _changed(recipe, changes).model_copy(update={"generation": generation})
+
+    def check(self, recipe: Recipe, stages: set[str]) -> None:
+        """Raise `UsageError` if these machines cannot do what the recipe says for the stages that run."""
+        check_sharding(recipe, stages)
+        if self.server_gpus and recipe.generation.vllm_server is None:
+            raise UsageError(
+                "`--server-gpus` needs `generation.vllm_server`",
+                hint="add `--set generation.vllm_server=http://HOST:8000`; no server needs to run there",
+            )
+        of_machine = self.cluster.count // self.cluster.nodes
+        check_groups(recipe.model, self.cluster.count, of_machine)
+        check_engine_groups(recipe.generation, self.cluster.count, of_machine)
 
     def there(self, here: Recipe, asked: Recipe) -> Recipe:
         """Return the recipe that the formulas count with: `here`, with what is only used on the other machines."""

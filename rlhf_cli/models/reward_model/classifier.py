@@ -112,12 +112,17 @@ def read_head(source: ModelSource) -> tuple[Tensor, Tensor]:
     plan = _plan(source)
     own = _own_head(empty_model(plan.kind, source, plan.config), source.path)
     weight, bias = f"{own.name}.weight", f"{own.name}.bias"
-    if weight not in plan.checkpoint.shapes:
-        raise ModelError(
-            f"`{source.path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
-        )
+    check_has_head(weight in plan.checkpoint.shapes, source.path)
     stored_bias = plan.checkpoint.read(bias) if own.has_bias else plan.bias
     return plan.checkpoint.read(weight), torch.zeros(1) if stored_bias is None else stored_bias
+
+
+def check_has_head(has_head: bool, path: str) -> None:
+    """Raise `ModelError` for a model without a reward head."""
+    if not has_head:
+        raise ModelError(
+            f"`{path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
+        )
 
 
 def check_classifier(source: ModelSource) -> bool:

@@ -124,14 +124,6 @@ def refuse_adapter_as_start(path: str, config: RewardModelConfig | None) -> None
         )
 
 
-def check_has_head(has_head: bool, path: str) -> None:
-    """Raise `ModelError` for a model without a reward head."""
-    if not has_head:
-        raise ModelError(
-            f"`{path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
-        )
-
-
 def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
     """Check the files of a reward model saved as an adapter, from the headers of its weights.
 

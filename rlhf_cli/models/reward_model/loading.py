@@ -14,11 +14,16 @@ from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.reward_model.classifier import Classifier, head_of, head_parameters, load_classifier
+from rlhf_cli.models.reward_model.classifier import (
+    Classifier,
+    check_has_head,
+    head_of,
+    head_parameters,
+    load_classifier,
+)
 from rlhf_cli.models.reward_model.files import (
     ADAPTER_FOLDER,
     RewardModelConfig,
-    check_has_head,
     load_head,
     read_reward_config,
     refuse_adapter_as_start,

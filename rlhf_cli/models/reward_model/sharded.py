@@ -10,10 +10,9 @@ import torch
 
 from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.loading import ModelSource, recompute_activations
-from rlhf_cli.models.reward_model.classifier import head_parameters, open_classifier
+from rlhf_cli.models.reward_model.classifier import check_has_head, head_parameters, open_classifier
 from rlhf_cli.models.reward_model.files import (
     ADAPTER_FOLDER,
-    check_has_head,
     load_head,
     read_reward_config,
     refuse_adapter_as_start,

@@ -19,9 +19,10 @@ from rlhf_cli.stages.common import write_contract
 from rlhf_cli.stages.evaluate.demonstrations import load_demonstrations
 from rlhf_cli.stages.evaluate.judge import Judge, load_judge, panel_verdicts
 from rlhf_cli.stages.evaluate.people import ITEMS, items_of, load_labels, people_verdicts
+from rlhf_cli.stages.evaluate.policies import load_policies
 from rlhf_cli.stages.evaluate.prompts import load_prompts
 from rlhf_cli.stages.evaluate.rewards import rewarded
-from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, load_policies, measure
+from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, measure
 from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.generation import choose_generator

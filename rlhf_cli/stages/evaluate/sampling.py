@@ -9,21 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.progress import Drawing
-from rlhf_cli.generation.prompts import PromptStyle, prompt_style
 from rlhf_cli.intervals import Measure
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.progress import Task, say, task, warn
-from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.evaluate.demonstrations import tokenized
+from rlhf_cli.stages.evaluate.policies import base_policy
 from rlhf_cli.stages.evaluate.rewards import rewarded
 from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.sides import Side
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.evaluate.tasks import task_measures
-from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.training.monitoring.timing_log import Work, timing_row
 from rlhf_cli.training.timing import StepWatch
 
@@ -305,45 +303,6 @@ def _no_kl(policy: Side, baseline: Side, *, alone: bool) -> str | None:
         which = "the two models" if alone else f"{policy.name} and {baseline.name}"
         return f"{which} read text differently (tokenizer or chat template), so their KL is not defined"
     return None
-
-
-def load_policies(context: EvaluateContext) -> tuple[list[Policy], Policy]:
-    """Return the policies and the baseline. All are sampled as the first policy was trained, or as the recipe says.
-
-    Raises:
-        UsageError: two of them are prompted in different ways.
-    """
-    from rlhf_cli.models.loading import load_tokenizer
-
-    paths = [*(one.source for one in context.inputs.evaluated), context.inputs.baseline.source]
-    sampling = stage_sampling(context, context.settings.sampling, paths[0])
-    roles = ["the policy"] * (len(paths) - 1) + ["the baseline"]
-    styles = []
-    for role, path in zip(roles, paths, strict=True):
-        tokenizer = load_tokenizer(model_source(context.recipe, path))
-        styles.append(prompt_style(context.recipe.data, path, tokenizer, name=role, may_differ=True))
-    for role, path, style in zip(roles, paths, styles, strict=True):
-        if style != styles[0]:
-            raise UsageError(
-                f"the policy `{paths[0]}` is prompted {styles[0]} and {role} `{path}` {style}",
-                hint="prompt both alike: `--set data.prompt_template=null --set data.template_kwargs={}` uses plain "
-                "text; if both have a chat template, write `chat` in place of `null`",
-            )
-    *policies, baseline = (load_policy(context, path, sampling, style=styles[0]) for path in paths)
-    return policies, baseline
-
-
-def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
-    """Return the model before any training, sampled and prompted like another; None if it is the baseline."""
-    from rlhf_cli.generation.policy import Policy
-
-    recipe, path, baseline = context.recipe, source_of(context.inputs.base), context.inputs.baseline.source
-    style = PromptStyle.of(of.format)
-    if path is None or path == baseline:
-        return None
-    if path == "build":
-        return Policy.untrained(model_source(recipe, baseline), of.sampling, seed=recipe.seed, style=style)
-    return load_policy(context, path, of.sampling, style=style)
 
 
 def base_completions(sampler: Sampler, of: Policy, rows: Sequence[int]) -> tuple[Policy, list[Completion]] | None:
