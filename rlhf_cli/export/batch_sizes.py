@@ -57,6 +57,10 @@ class BatchSizes:
         return [
             f"GPUS=${{GPUS:-{self.default_gpus}}}    # of each node",
             "NODES=${NODES:-1}",
+            "if ! [[ $GPUS =~ ^[1-9][0-9]*$ && $NODES =~ ^[1-9][0-9]*$ ]]; then",
+            '    echo "train.sh: GPUS and NODES must be whole numbers from 1, got $GPUS and $NODES" >&2',
+            "    exit 2",
+            "fi",
             "TOTAL=$((NODES * GPUS))",
             "# The minibatch must divide the step and be divisible among all GPUs; a micro-batch must divide the",
             "# share of a GPU. The minibatch is the recipe's or the next larger one that fits, the micro-batch the",

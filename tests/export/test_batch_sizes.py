@@ -16,7 +16,7 @@ SHAPES = [(64, 1, 2, 64), (8, 1, 2, 8), (8, 2, 4, 8), (7, 3, 2, 5), (12, 1, 5, 8
 """Prompts per step, completions per prompt, minibatches, micro-batch."""
 
 
-def computed(sizes: BatchSizes, gpus: int | None, nodes: int = 1) -> tuple[int, list[int], str]:
+def computed(sizes: BatchSizes, gpus: int | str | None, nodes: int | str = 1) -> tuple[int, list[int], str]:
     """Return the status, GPUs, minibatch and micro-batch, and the messages of the script's arithmetic."""
     script = "\n".join(["set -euo pipefail", *sizes.lines(), 'echo "$TOTAL $MINIBATCH $MICRO_BATCH"'])
     environment = {"NODES": str(nodes)} | ({} if gpus is None else {"GPUS": str(gpus)})
@@ -52,6 +52,14 @@ def test_sizes_are_those_that_the_engine_accepts(engine, shape):
         assert ("do not divide evenly" in messages) == changed
         if gpus is None:
             assert bool(sizes.report()) == changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpus", "nodes"), [("0", 1), ("abc", 1), ("-2", 1), ("2.5", 1), (4, "0"), (4, "two")])
+def test_a_number_of_gpus_or_nodes_that_is_none_is_refused(gpus, nodes):
+    status, found, messages = computed(BatchSizes(64, 32, 1, 64), gpus, nodes)
+    assert (status, found) == (2, [])
+    assert messages == f"train.sh: GPUS and NODES must be whole numbers from 1, got {gpus} and {nodes}\n"
 
 
 @pytest.mark.slow
