@@ -75,6 +75,6 @@ def screen_of(text: str, width: int) -> list[str]:
             row, column = row + 1, 0
             lines += [""] * (row + 1 - len(lines))
         if token != "\n":
-            lines[row] = f"{lines[row]:<{column}}{token}{lines[row][column + 1 :]}"
+            lines[row] = f"{lines[row][:column]:<{column}}{token}{lines[row][column + 1 :]}"
             column += 1
     return [line.rstrip() for line in lines]

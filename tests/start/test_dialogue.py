@@ -148,7 +148,9 @@ def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
     assert terminal.process.wait(timeout=60) == 0
     assert max(map(len, terminal.text.splitlines())) <= 120
     assert " ".join(terminal.text.split()).endswith("the time in which you rank")
-    assert not [line for line in screen_of(terminal.raw, 80) if "measuring" in line or "sampling a few" in line]
+    shown = screen_of(terminal.raw, 80)
+    assert not [line for line in shown if line.endswith("...")], "a spinner stays on the screen"
+    assert [line.split()[0] for line in shown if "\u2501" in line] == ["sampling", "measuring"], "a bar stays once"
     assert "steps: 5" in (tmp_path / "new.yaml").read_text()
     assert (tmp_path / "mine.yaml").read_text() == "name: old\n"
 
