@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_cli.console import show_under_bar, working
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
-from rlhf_cli.distributed.ranks import is_main
+from rlhf_cli.distributed.ranks import is_main, world_size
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.errors import RequirementError
 from rlhf_cli.memory import keep_freed_memory, return_freed_memory
@@ -36,6 +36,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage
+from rlhf_cli.stages.sharding import described_processes
 from rlhf_cli.training.monitoring.timing_log import show_table
 
 
@@ -133,6 +134,8 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
         record.begin()
+        if to_run and (processes := described_processes(recipe.model, world_size())):
+            say(processes)
         executor = _Executor(recipe, directory, stop, coordinator, record)
         rows = [executor.execute(planner.update(step) if step.is_pending else step) for step in steps]
         coordinator.broadcast(None)

@@ -30,6 +30,17 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
         raise UsageError(f"`model.sharding: fsdp` does not support `{found[0]}`", hint=f"change it, or {_WHOLE}")
 
 
+def described_processes(model: ModelSettings, count: int) -> str | None:
+    """Return how `count` processes share a run, in one line; None if there is only one."""
+    if count == 1:
+        return None
+    if model.sharding == "none":
+        return f"{count} processes share the work, each with whole models"
+    size = sharding_size(model) or count
+    groups = "" if size == count else f", in groups of {size}"
+    return f"{count} processes share the work; in training they also divide the models{groups} (`model.sharding: fsdp`)"
+
+
 def sharding_size(model: ModelSettings) -> int | None:
     """Return how many processes divide a model among themselves; None is all of them."""
     return local_world_size() if model.sharding_size == "machine" else model.sharding_size

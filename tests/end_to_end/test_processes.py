@@ -127,6 +127,25 @@ def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
     assert together.stderr.count("fine-tuning: done") == 1
 
 
+def test_the_recorded_command_has_the_number_of_processes(alone: Ended, two: Ended):
+    assert "share the work" not in alone.stderr
+    recorded = (two.artifacts / "command.txt").read_text().splitlines()[-1]
+    again = subprocess.run(
+        ["/bin/sh", "-c", recorded.partition("  ")[2] + " --dry-run"],
+        env=environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stderr
+    assert [row["status"] for row in json.loads(again.stdout)["stages"]] == ["cached"] * 5
+    log = (two.artifacts / "log.txt").read_text()
+    for told in (recorded, log.partition("\n")[0]):
+        assert told.endswith(" --processes 2"), told
+    for text in (two.stderr, log):
+        assert text.count("2 processes share the work") == 1
+
+
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
 def test_two_processes_end_with_the_weights_of_one(stage: str, alone: Ended, two: Ended):
     found = sorted(path.relative_to(alone.artifacts) for path in (alone.artifacts / stage).rglob("*.safetensors"))
