@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -144,6 +145,15 @@ def test_the_recorded_command_has_the_number_of_processes(alone: Ended, two: End
         assert told.endswith(" --processes 2"), told
     for text in (two.stderr, log):
         assert text.count("2 processes share the work") == 1
+
+
+def test_counts_of_progress_are_those_of_all_processes(alone: Ended, two: Ended):
+    def counts(run: Ended) -> list[str]:
+        units = "records|completions|questions|steps"
+        return sorted(set(re.findall(rf"^.*: [0-9,]+ (?:{units})$", run.stderr, flags=re.MULTILINE)))
+
+    assert len(counts(alone)) > 8
+    assert counts(two) == counts(alone)
 
 
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
