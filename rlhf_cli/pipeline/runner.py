@@ -36,7 +36,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage
-from rlhf_cli.stages.sharding import described_processes
+from rlhf_cli.stages.sharding import check_processes, described_processes
 from rlhf_cli.training.monitoring.timing_log import show_table
 
 
@@ -131,6 +131,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         with working("checking the recipe, its models and its data ..."):
             steps = planner.plan(partial(check_steps, recipe))
         if to_run := not_cached(steps):
+            check_processes(recipe, {step.stage.name for step in to_run})
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
         record.begin()

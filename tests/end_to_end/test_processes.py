@@ -147,6 +147,20 @@ def test_the_recorded_command_has_the_number_of_processes(alone: Ended, two: End
         assert text.count("2 processes share the work") == 1
 
 
+def test_what_sharding_needs_is_checked_before_a_stage_is_announced(together: Ended, tmp_path: Path):
+    shutil.copytree(together.folder, tmp_path, dirs_exist_ok=True)
+    sharded = ("ppo", "recipe.yaml", "--force", "--set", "model.sharding=fsdp")
+    alone = run(tmp_path, *sharded)
+    offloaded = run(
+        tmp_path, *sharded, "--set", "model.sharding_cpu_offload=true", "--processes", "2", CUDA_VISIBLE_DEVICES=""
+    )
+    for ended, message in ((alone, "but there is only one"), (offloaded, "has no effect on the device `cpu`")):
+        assert ended.code == 2
+        assert message in ended.stderr
+        assert "starting" not in ended.stderr
+        assert "replaced" not in ended.stderr
+
+
 def test_counts_of_progress_are_those_of_all_processes(alone: Ended, two: Ended):
     def counts(run: Ended) -> list[str]:
         units = "records|completions|questions|steps"
