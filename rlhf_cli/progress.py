@@ -245,6 +245,7 @@ class _Record:
         self.path: Path | None = None
         self.stage: str | None = None
         self.running: list[Task] = []
+        self.has_saving = False
         self._wrote = 0.0
 
     def write(self, *, at_once: bool = False) -> None:
@@ -292,6 +293,11 @@ def begin_stage(name: str) -> None:
     _record.write(at_once=True)
 
 
+def has_begun() -> bool:
+    """Whether any work has begun in this process that is saved where it is asked to stop."""
+    return _record.has_saving
+
+
 def what_is_saved() -> str | None:
     """Return after what the running work would stop on request; None if it would save nothing by that."""
     return next((running.until_saved() for running in _record.running if running.saves), None)
@@ -313,6 +319,7 @@ def task(
     """
     with _shown(label, total, unit, done, saves=saves, share=share) as running:
         _record.running.append(running)
+        _record.has_saving |= saves
         _record.write(at_once=True)
         try:
             yield running

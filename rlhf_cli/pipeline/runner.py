@@ -30,7 +30,7 @@ from rlhf_cli.pipeline.record import Record, command_line
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.pipeline.stage_run import manifest_settings, run_stage, stage_context
-from rlhf_cli.progress import begin_stage, recorded, say, warn, what_is_saved
+from rlhf_cli.progress import begin_stage, has_begun, recorded, say, warn, what_is_saved
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
@@ -120,7 +120,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         loaded.locating(),
         directory.lock(),
         logged(folder / LOG, f"$ {command_line()}"),
-        SignalStop(what_is_saved, show_under_bar) as stop,
+        SignalStop(what_is_saved, show_under_bar, has_begun) as stop,
         disk_errors(folder),
         recorded(directory.progress_file),
     ):
