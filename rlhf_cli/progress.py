@@ -47,11 +47,12 @@ class Task:
     """Running work with a known number of units; created by `task`."""
 
     def __init__(
-        self, label: str, total: int, unit: str, bar: Progress | None, done: int, *, saves: bool = True
+        self, label: str, total: int, unit: str, bar: Progress | None, done: int, share: int | None, *, saves: bool
     ) -> None:
         self.saves = saves
         self._label, self._total, self._unit, self._bar = label, total, unit, bar
-        self._done, self._ran = done, 0
+        self._before, self._own, self._undone = done, 0, 0
+        self._share = max(total - done if share is None else share, 1)
         self._began = self._spoke = self._moved = time.monotonic()
         self._between: float | None = None
         self._note, self._inside = "", _Inside()
@@ -59,10 +60,25 @@ class Task:
         if bar is not None:
             self._id = bar.add_task(escape(label), total=total, completed=done, owner=self, **self._fields())
 
+    @property
+    def per_own(self) -> float:
+        """What a unit of this process counts as: the other processes are taken to be as far as this one."""
+        return (self._total - self._before) / self._share
+
+    def _of_all(self, own: int) -> int:
+        return (self._total - self._before) * own // self._share
+
+    @property
+    def _ran(self) -> int:
+        return self._of_all(self._own)
+
+    @property
+    def _done(self) -> int:
+        return self._before + self._of_all(self._own - self._undone)
+
     def advance(self, units: int = 1, note: str | None = None) -> None:
-        """Count `units` as done; `note` replaces the text at the end of the bar."""
-        self._done += units
-        self._ran += units
+        """Count `units` of this process as done; `note` replaces the text at the end of the bar."""
+        self._own += units
         self._note = self._note if note is None else note
         if units:
             self._inside = _Inside()
@@ -71,7 +87,7 @@ class Task:
 
     def back(self, units: int) -> None:
         """Count `units` as not done: they run again. The time that they took still tells how long a unit takes."""
-        self._done -= units
+        self._undone += units
         self._inside = _Inside()
         self._show()
 
@@ -88,16 +104,15 @@ class Task:
         """Show how far the units are that are running.
 
         Args:
-            units: how much of them is done, in units, such as 0.25 of a step.
+            units: how much of them is done, in units of this process, such as 0.25 of a step.
             doing: what is being done, in a few words.
-            ended: units to count as done, as `advance` does.
+            ended: units of this process to count as done, as `advance` does.
             rate: how fast.
             left: seconds left of the whole task; None takes the time per unit so far, parts of units included.
             is_guess: whether the time left rests on more than what was measured; None where no unit is done.
         """
-        self._done += ended
-        self._ran += ended
-        self._inside = _Inside(units, doing, rate, left, not self._ran if is_guess is None else is_guess)
+        self._own += ended
+        self._inside = _Inside(units * self.per_own, doing, rate, left, not self._ran if is_guess is None else is_guess)
         self._move()
         self._show()
 
@@ -147,7 +162,7 @@ class Task:
         }
 
     def _rate(self) -> str:
-        """Return units per second in this process, without units of an earlier attempt; "" where there are none."""
+        """Return units per second, without units of an earlier attempt; "" where there are none."""
         if not self._ran:
             return ""
         rate = self._ran / max(self._moved - self._began, 1e-9)
@@ -230,6 +245,7 @@ class _Record:
         self.path: Path | None = None
         self.stage: str | None = None
         self.running: list[Task] = []
+        self.has_saving = False
         self._wrote = 0.0
 
     def write(self, *, at_once: bool = False) -> None:
@@ -277,24 +293,33 @@ def begin_stage(name: str) -> None:
     _record.write(at_once=True)
 
 
+def has_begun() -> bool:
+    """Whether any work has begun in this process that is saved where it is asked to stop."""
+    return _record.has_saving
+
+
 def what_is_saved() -> str | None:
     """Return after what the running work would stop on request; None if it would save nothing by that."""
     return next((running.until_saved() for running in _record.running if running.saves), None)
 
 
 @contextmanager
-def task(label: str, total: int, unit: str = "steps", done: int = 0, *, saves: bool = True) -> Iterator[Task]:
+def task(
+    label: str, total: int, unit: str = "steps", done: int = 0, *, saves: bool = True, share: int | None = None
+) -> Iterator[Task]:
     """Show the progress of work.
 
     Args:
         label: what it is.
-        total: number of units.
+        total: number of units, of all processes.
         unit: their name, in the plural.
         done: units of an earlier attempt (a resumed stage).
         saves: whether the work looks for requests to stop, and saves what it has done; else Ctrl-C ends it at once.
+        share: how many of the units to come this process does, where others do the rest; None is all.
     """
-    with _shown(label, total, unit, done, saves=saves) as running:
+    with _shown(label, total, unit, done, saves=saves, share=share) as running:
         _record.running.append(running)
+        _record.has_saving |= saves
         _record.write(at_once=True)
         try:
             yield running
@@ -304,9 +329,9 @@ def task(label: str, total: int, unit: str = "steps", done: int = 0, *, saves: b
 
 
 @contextmanager
-def _shown(label: str, total: int, unit: str, done: int, *, saves: bool) -> Iterator[Task]:
+def _shown(label: str, total: int, unit: str, done: int, *, saves: bool, share: int | None) -> Iterator[Task]:
     with bar_of_tasks(console) if interactive() else contextlib.nullcontext() as bar:
-        running = Task(label, total, unit, bar, done, saves=saves)
+        running = Task(label, total, unit, bar, done, share, saves=saves)
         running.tell(_counted(total - done, unit))
         yield running
         running.tell(f"done in {running.so_far}")

@@ -49,6 +49,27 @@ def test_long_work_prints_its_progress(capsys, clock):
     assert lines[1] == "ppo: 60 of 100 steps, about 1 min 20 s left, KL 3.2"  # 20 steps in 40 s, 40 to go
 
 
+def test_of_several_processes_a_task_counts_what_all_do(capsys, clock):
+    """16 of 29 are to come, 9 of them here: what this process does counts as 16/9, and never goes above the total."""
+    shown = []
+    with progress.task("judging", 29, "questions", done=13, share=9) as task:
+        for _ in range(9):
+            clock[0] += 31
+            task.advance()
+            shown.append(task.as_json()["done"])
+        task.within(0.0, "")
+    assert shown == [14, 16, 18, 20, 21, 23, 25, 27, 29]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "judging: 16 questions"
+    assert lines[1].startswith("judging: 14 of 29 questions, about ")
+
+
+def test_a_process_without_a_share_counts_nothing(capsys):
+    with progress.task("judging", 1, "questions", share=0) as task:
+        task.advance(0)
+    assert task.as_json()["done"] == 0
+
+
 def test_a_line_before_anything_has_ended_guesses_no_time(capsys, clock):
     with progress.task("sampling", 100, "completions") as task:
         clock[0] += 31
@@ -77,7 +98,7 @@ def test_units_that_run_again_still_tell_how_long_a_unit_takes(capsys, clock):
 
 
 def test_the_time_left_counts_down_while_nothing_moves(clock):
-    running = progress.Task("ppo", 4, "steps", None, 0)
+    running = progress.Task("ppo", 4, "steps", None, 0, None, saves=True)
     clock[0] += 10
     running.advance()
     assert running.time_text() == "0:30 left"

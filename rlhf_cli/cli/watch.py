@@ -56,7 +56,7 @@ def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host
 
         signum = page.serve(folder, host=host, port=port, announce=announce)
         if signum not in (None, signal.SIGINT):
-            raise Interrupted(signum)
+            raise Interrupted(signum, saves=False)
         return
     from rich.console import Console
 
@@ -71,4 +71,4 @@ def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host
     try:
         terminal.watch(folder, console)
     except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
+        raise Interrupted(signal.SIGINT, saves=False) from None

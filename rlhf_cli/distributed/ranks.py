@@ -62,7 +62,9 @@ def check_launcher_environment(environment: Mapping[str, str]) -> None:
     if missing := [name for name in _LAUNCHER_VARIABLES if name not in environment]:
         raise UsageError(f"the environment sets {shown} but not {', '.join(missing)}", hint=hint)
     if problem := _inconsistency(environment):
-        raise UsageError(problem, hint=hint)
+        named = next((name for name in ("MASTER_ADDR", "MASTER_PORT") if f" {name} " in problem), None)
+        meeting = f"set {named} to the same value in all processes, or start with torchrun, which sets it"
+        raise UsageError(problem, hint=hint if named is None else meeting)
 
 
 def _inconsistency(environment: Mapping[str, str]) -> str | None:

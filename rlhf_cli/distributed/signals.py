@@ -58,14 +58,16 @@ class SignalStop:
         waits_for: returns what is under way that is saved first, for a message; None if nothing is.
         show: shows a message where a bar is on the screen, and asks for it as long as it is shown, since what is waited
             for changes; returns False where no bar is, and then the message is written.
+        saves: tells whether any work has begun that is saved, for the error.
     """
 
     def __init__(
         self,
         waits_for: Callable[[], str | None] = lambda: "the current step",
         show: Callable[[Callable[[], str]], bool] = lambda text: False,
+        saves: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._waits_for, self._show = waits_for, show
+        self._waits_for, self._show, self._saves = waits_for, show, saves
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -77,7 +79,7 @@ class SignalStop:
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""
         if self._signum is not None:
-            raise Interrupted(self._signum)
+            raise Interrupted(self._signum, saves=self._saves())
 
     def __enter__(self) -> Self:
         for signum in STOP_SIGNALS:
@@ -91,7 +93,8 @@ class SignalStop:
     def _text(self) -> str:
         assert self._signum is not None
         found = self._waits_for() or "the current operation"
-        return f"{signal.Signals(self._signum).name}: stopping after {found}; Ctrl-C again stops at once"
+        more = "Ctrl-C again" if self._signum == signal.SIGINT else "SIGINT (Ctrl-C)"
+        return f"{signal.Signals(self._signum).name}: stopping after {found}; {more} stops at once"
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is None:

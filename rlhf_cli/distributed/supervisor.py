@@ -245,7 +245,8 @@ class _Supervisor:
             open_log(self._log)
         if self._ended_by_our_signal(first) or (self._signum is not None and first.order[0] == 2):
             assert self._signum is not None
-            raise Interrupted(self._signum)
+            began = not self._ended_by_our_signal(first)  # a signal ends a rank only before it handles signals
+            raise Interrupted(self._signum, saves=began)
         if not first.report:
             raise self._died_silently(first)
         same = [rank for rank in failed if rank.report.get("text") == first.report["text"]]

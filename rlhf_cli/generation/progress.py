@@ -25,7 +25,7 @@ class Drawing:
     which the last rows of a batch run alone. Of other generators, it is the tokens to come at the rate so far.
 
     Args:
-        count: completions to draw.
+        count: completions that this process draws.
         limit: largest number of tokens of one.
         bar: shows them, in units of completions; None shows nothing.
 
@@ -66,10 +66,11 @@ class Drawing:
             return
         if self._left is None or now - self._estimated >= _ESTIMATE_EVERY:
             self._left, self._estimated = self._steady(self.seconds_left(now), now), now
-        rate = self.per_second(now)
+        of_all = self._bar.per_own
+        rate = self.per_second(now) * of_all
         self._bar.within(
             self.fraction * self._count - self.ended,
-            f"{self.tokens:,}/~{self.expected:,.0f} tokens",
+            f"{self.tokens * of_all:,.0f}/~{self.expected * of_all:,.0f} tokens",
             ended=completions,
             rate=f"{rate:,.0f}/s" if rate else "",
             left=None if self._left is None else max(self._left - (now - self._estimated), 0.0),

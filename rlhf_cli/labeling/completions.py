@@ -55,6 +55,11 @@ class CompletionFile:
         return self._per_prompt * len(self._done)
 
     @property
+    def total(self) -> int:
+        """Number of completions of all chunks, of all processes."""
+        return self._per_prompt * len(self._numbers)
+
+    @property
     def left(self) -> int:
         """Number of completions that this process has to add."""
         return self._per_prompt * sum(len(chunk) for chunk in self._mine if chunk[0] not in self._done)

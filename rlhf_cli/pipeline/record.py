@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.distributed.ranks import world_size
+from rlhf_cli.distributed.worker import is_supervised
 from rlhf_cli.files import append, write_whole
 from rlhf_cli.pipeline.manifest import now, versions
 from rlhf_cli.pipeline.paths import with_absolute_paths
@@ -88,9 +90,12 @@ def last_command(folder: Path) -> str | None:
 
 
 def command_line() -> str:
-    """Return the command of this process, as a shell reads it."""
-    name = Path(sys.argv[0]).name
-    return shlex.join(["rlhf" if name == "__main__.py" else name, *sys.argv[1:]])  # `python -m rlhf_cli` is the same
+    """Return the command that a user typed, as a shell reads it; processes of `--processes` lack this option."""
+    name, given = Path(sys.argv[0]).name, sys.argv[1:]
+    if is_supervised():
+        end = given.index("--") if "--" in given else len(given)
+        given = [*given[:end], "--processes", str(world_size()), *given[end:]]
+    return shlex.join(["rlhf" if name == "__main__.py" else name, *given])  # `python -m rlhf_cli` is the same
 
 
 def _environment(recipe: Path | None) -> dict[str, Any]:

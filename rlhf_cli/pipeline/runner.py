@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_cli.console import show_under_bar, working
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
-from rlhf_cli.distributed.ranks import is_main
+from rlhf_cli.distributed.ranks import is_main, world_size
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.errors import RequirementError
 from rlhf_cli.memory import keep_freed_memory, return_freed_memory
@@ -30,12 +30,13 @@ from rlhf_cli.pipeline.record import Record, command_line
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.pipeline.stage_run import manifest_settings, run_stage, stage_context
-from rlhf_cli.progress import begin_stage, recorded, say, warn, what_is_saved
+from rlhf_cli.progress import begin_stage, has_begun, recorded, say, warn, what_is_saved
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage
+from rlhf_cli.stages.sharding import check_processes, described_processes
 from rlhf_cli.training.monitoring.timing_log import show_table
 
 
@@ -119,7 +120,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         loaded.locating(),
         directory.lock(),
         logged(folder / LOG, f"$ {command_line()}"),
-        SignalStop(what_is_saved, show_under_bar) as stop,
+        SignalStop(what_is_saved, show_under_bar, has_begun) as stop,
         disk_errors(folder),
         recorded(directory.progress_file),
     ):
@@ -130,9 +131,12 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         with working("checking the recipe, its models and its data ..."):
             steps = planner.plan(partial(check_steps, recipe))
         if to_run := not_cached(steps):
+            check_processes(recipe, {step.stage.name for step in to_run})
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
         record.begin()
+        if to_run and (processes := described_processes(recipe.model, world_size())):
+            say(processes)
         executor = _Executor(recipe, directory, stop, coordinator, record)
         rows = [executor.execute(planner.update(step) if step.is_pending else step) for step in steps]
         coordinator.broadcast(None)

@@ -91,8 +91,9 @@ def draw_completions(
             with task("sampling the first completions", len(first) * per_prompt, "completions") as bar:
                 drawn = file.add(first, draw(first, counted(len(first) * per_prompt, bar)))
             receive(drawn)  # after the end of the bar: an interface may open now
-        with task("sampling completions", file.done + file.left, "completions", done=file.done) as bar:
-            file.fill(partial(draw, progress=counted(file.left, bar)), context.stop.check, receive or (lambda _: None))
+        done, left = file.done, file.left
+        with task("sampling completions", file.total, "completions", done=done, share=left) as bar:
+            file.fill(partial(draw, progress=counted(left, bar)), context.stop.check, receive or (lambda _: None))
     policy.release()
     return file.read()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.ranks import local_world_size, world_size
@@ -30,9 +30,26 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
         raise UsageError(f"`model.sharding: fsdp` does not support `{found[0]}`", hint=f"change it, or {_WHOLE}")
 
 
+def described_processes(model: ModelSettings, count: int) -> str | None:
+    """Return how `count` processes share a run, in one line; None if there is only one."""
+    if count == 1:
+        return None
+    if model.sharding == "none":
+        return f"{count} processes share the work, each with whole models"
+    size = sharding_size(model) or count
+    groups = "" if size == count else f", in groups of {size}"
+    return f"{count} processes share the work; in training they also divide the models{groups} (`model.sharding: fsdp`)"
+
+
 def sharding_size(model: ModelSettings) -> int | None:
     """Return how many processes divide a model among themselves; None is all of them."""
     return local_world_size() if model.sharding_size == "machine" else model.sharding_size
+
+
+def check_processes(recipe: RunSettings, stages: Container[str]) -> None:
+    """Raise `UsageError` if a stage that will run shards models, and what this process sees does not allow it."""
+    if any(name in stages for name in SHARDED_STAGES):
+        _check_processes(recipe.model, [local_world_size()])
 
 
 def require_processes(recipe: RunSettings) -> None:
@@ -40,11 +57,19 @@ def require_processes(recipe: RunSettings) -> None:
 
     With `model.sharding_size: machine` every process calls this.
     """
-    model, count = recipe.model, world_size()
+    is_exchanged = recipe.model.sharding_size == "machine"
+    _check_processes(
+        recipe.model, ProcessGroup().all_gather_object(local_world_size()) if is_exchanged else [local_world_size()]
+    )
+
+
+def _check_processes(model: ModelSettings, sizes: Sequence[int | None]) -> None:
+    """Refuse processes; `sizes` are the known numbers of processes on a machine, None where the launcher tells none."""
+    count = world_size()
     if model.sharding == "none":
         return
     check_several(model, count, "start several with `--processes N`")
-    _check_size(model, count)
+    _check_size(model, count, sizes)
     if model.sharding_cpu_offload:
         from rlhf_cli.models.device import resolve_device
 
@@ -70,17 +95,15 @@ def check_several(model: ModelSettings, count: int, remedy: str) -> None:
         )
 
 
-def _check_size(model: ModelSettings, count: int) -> None:
+def _check_size(model: ModelSettings, count: int, sizes: Sequence[int | None]) -> None:
     """Refuse groups that `count` processes do not make up."""
-    if model.sharding_size == "machine":
-        sizes = ProcessGroup().all_gather_object(local_world_size())
-        if None in sizes or len(set(sizes)) > 1:
-            told = ", ".join(sorted({"unknown" if size is None else str(size) for size in sizes}))
-            raise UsageError(
-                "`model.sharding_size: machine` needs a launcher that sets LOCAL_WORLD_SIZE, to the same number on "
-                f"every machine; it is {told}",
-                hint="start with torchrun or `--processes N`, or give `model.sharding_size` as a number",
-            )
+    if model.sharding_size == "machine" and (None in sizes or len(set(sizes)) > 1):
+        told = ", ".join(sorted({"unknown" if size is None else str(size) for size in sizes}))
+        raise UsageError(
+            "`model.sharding_size: machine` needs a launcher that sets LOCAL_WORLD_SIZE, to the same number on "
+            f"every machine; it is {told}",
+            hint="start with torchrun or `--processes N`, or give `model.sharding_size` as a number",
+        )
     check_groups(model, count, local_world_size())
 
 

@@ -60,7 +60,7 @@ def restore_random_states(states: list[dict[str, Any]], processes: ProcessGroup,
     if processes.index < len(states):
         restore_random_state(states[processes.index])
     if difference := _difference(states, processes):
-        say(f"random generators: {difference}")
+        say(f"random generators: {difference}; only dropout and functions of yours that draw numbers depend on this")
 
 
 def _difference(states: list[dict[str, Any]], processes: ProcessGroup) -> str:

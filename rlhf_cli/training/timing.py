@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.durations import format_clock
 from rlhf_cli.generation.generator import Progress
 from rlhf_cli.generation.progress import Drawing
@@ -229,7 +230,7 @@ class StepWatch:
         Args:
             name: of the phase.
             doing: what is being done, in a word or two.
-            total: how much there is to do, in `unit`; 0 where `count` is not called.
+            total: how much all processes have to do, in `unit`; 0 where `count` is not called.
             unit: in the plural.
         """
         outer, before = self._outer, self._inner
@@ -257,22 +258,28 @@ class StepWatch:
                 self._estimate.end(name, seconds)
 
     def count(self, done: float) -> None:
-        """So much more of the running phase is done."""
+        """This process has done so much more of the running phase; the others are taken to be as far."""
         if self._inner is not None:
-            self._inner.done += done
+            self._inner.done += done * world_size()
             self._moved()
 
-    def drawing(self, count: int, limit: int) -> Progress:
-        """Return a `Progress` for a generator that draws `count` completions of up to `limit` tokens in this phase."""
-        drawn = Drawing(count, limit)
+    def drawing(self, count: int, limit: int, *, total: int) -> Progress:
+        """Return a `Progress` for a generator that draws completions in this phase.
+
+        Args:
+            count: completions that this process draws.
+            limit: largest number of tokens of one.
+            total: completions that all processes draw.
+        """
+        drawn, per_own = Drawing(count, limit), total / max(count, 1)
 
         def progress(completions: int, tokens: int = 0, lengths: Sequence[int] | None = None, /) -> None:
             drawn(completions, tokens, lengths)
             if self._inner is not None:
-                done, total, unit = drawn.ended, float(count), "completions"
+                done, to_do, unit = float(drawn.ended), float(count), "completions"
                 if drawn.tokens:
-                    done, total, unit = drawn.tokens, drawn.expected, "tokens"
-                self._inner.done, self._inner.total, self._inner.unit = done, total, unit
+                    done, to_do, unit = drawn.tokens, drawn.expected, "tokens"
+                self._inner.done, self._inner.total, self._inner.unit = done * per_own, to_do * per_own, unit
                 now = time.monotonic()
                 left, elapsed = drawn.seconds_left(now), now - self._inner.began
                 # The last rows run alone: a share of the tokens is not that share of the time. Until the time of a

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from rlhf_cli.distributed.ranks import check_launcher_environment
+from rlhf_cli.errors import UsageError
 from tests.pipeline.toy import SCRIPT
 
 WHOLE = {
@@ -59,6 +61,7 @@ REFUSED = [
 ACCEPTED = [
     {},
     {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"MASTER_ADDR": "", "MASTER_PORT": "99999"},
     {"WORLD_SIZE": "1"},
     {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # the batch script of a job
     {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
@@ -75,6 +78,13 @@ def test_an_environment_that_is_not_whole_is_refused_by_name(variables, said, to
     assert "\nhint: " in refused.stderr
     assert "Traceback" not in refused.stderr
     assert toy.ran() == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "two"), ("MASTER_PORT", "99999"), ("MASTER_ADDR", " ")])
+def test_the_hint_names_the_address_or_the_port_that_is_wrong(name: str, value: str):
+    with pytest.raises(UsageError) as caught:
+        check_launcher_environment(WHOLE | {name: value})
+    assert (caught.value.hint or "").startswith(f"set {name} to ")
 
 
 @pytest.mark.parametrize("variables", ACCEPTED, ids=range(len(ACCEPTED)))

@@ -14,7 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.sharding import compute_on
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.sharding import check_groups, check_sharding, require_processes, sharding_size
+from rlhf_cli.stages.sharding import (
+    check_groups,
+    check_processes,
+    check_sharding,
+    described_processes,
+    require_processes,
+    sharding_size,
+)
 from tests.conftest import byte_level_tokenizer
 from tests.distributed.sharded_options import STEPS
 from tests.distributed.test_sharding import environment
@@ -237,6 +244,35 @@ def test_groups_that_do_not_fit_are_refused(size: object, count: int, of_machine
     check_groups(recipe(sharding_size=2).model, 8, 4)
 
 
+@pytest.mark.parametrize(
+    ("of_machine", "message"),
+    [("1", "and each has one"), ("", "needs a launcher that sets LOCAL_WORLD_SIZE"), ("3", "groups of 3 processes")],
+)
+def test_the_processes_of_a_machine_are_checked_before_they_meet(of_machine: str, message: str, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", of_machine)
+    with pytest.raises(UsageError, match=message):
+        check_processes(recipe(sharding_size="machine"), {"sft"})
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "text"),
+    [
+        ({}, 1, None),
+        ({"sharding": "none"}, 2, "2 processes share the work, each with whole models"),
+        ({}, 4, "4 processes share the work; in training they also divide the models (`model.sharding: fsdp`)"),
+        (
+            {"sharding_size": 2},
+            4,
+            "4 processes share the work; in training they also divide the models, in groups of 2 "
+            "(`model.sharding: fsdp`)",
+        ),
+    ],
+)
+def test_a_run_says_how_processes_share_it(model: dict, count: int, text: str | None):
+    assert described_processes(recipe(**model).model, count) == text
+
+
 def test_the_group_of_a_machine_are_the_processes_that_the_launcher_counts(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert sharding_size(recipe(sharding_size="machine").model) == 4
@@ -248,4 +284,7 @@ def test_offloading_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"`model\.sharding_cpu_offload` has no effect on the device `cpu`") as caught:
         require_processes(recipe(sharding_cpu_offload=True))
+    with pytest.raises(UsageError, match="has no effect on the device"):
+        check_processes(recipe(sharding_cpu_offload=True), {"ppo"})
+    check_processes(recipe(sharding_cpu_offload=True), {"label"})
     assert "model.sharding_cpu_offload=false" in (caught.value.hint or "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -125,6 +126,48 @@ def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
     for line in ("sft: starting (it has not run yet)", "reward model: done", "results are in runs/two"):
         assert together.stderr.count(line) <= 1, together.stderr
     assert together.stderr.count("fine-tuning: done") == 1
+
+
+def test_the_recorded_command_has_the_number_of_processes(alone: Ended, two: Ended):
+    assert "share the work" not in alone.stderr
+    recorded = (two.artifacts / "command.txt").read_text().splitlines()[-1]
+    again = subprocess.run(
+        ["/bin/sh", "-c", recorded.partition("  ")[2] + " --dry-run"],
+        env=environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stderr
+    assert [row["status"] for row in json.loads(again.stdout)["stages"]] == ["cached"] * 5
+    log = (two.artifacts / "log.txt").read_text()
+    for told in (recorded, log.partition("\n")[0]):
+        assert told.endswith(" --processes 2"), told
+    for text in (two.stderr, log):
+        assert text.count("2 processes share the work") == 1
+
+
+def test_what_sharding_needs_is_checked_before_a_stage_is_announced(together: Ended, tmp_path: Path):
+    shutil.copytree(together.folder, tmp_path, dirs_exist_ok=True)
+    sharded = ("ppo", "recipe.yaml", "--force", "--set", "model.sharding=fsdp")
+    alone = run(tmp_path, *sharded)
+    offloaded = run(
+        tmp_path, *sharded, "--set", "model.sharding_cpu_offload=true", "--processes", "2", CUDA_VISIBLE_DEVICES=""
+    )
+    for ended, message in ((alone, "but there is only one"), (offloaded, "has no effect on the device `cpu`")):
+        assert ended.code == 2
+        assert message in ended.stderr
+        assert "starting" not in ended.stderr
+        assert "replaced" not in ended.stderr
+
+
+def test_counts_of_progress_are_those_of_all_processes(alone: Ended, two: Ended):
+    def counts(run: Ended) -> list[str]:
+        units = "records|completions|questions|steps"
+        return sorted(set(re.findall(rf"^.*: [0-9,]+ (?:{units})$", run.stderr, flags=re.MULTILINE)))
+
+    assert len(counts(alone)) > 8
+    assert counts(two) == counts(alone)
 
 
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])

@@ -33,8 +33,8 @@ def clock(monkeypatch):
 class Bar:
     """Stands in for a `Task`: keeps the seconds left that are shown, with the time."""
 
-    def __init__(self, clock):
-        self.clock, self.shown, self.texts = clock, [], []
+    def __init__(self, clock, per_own=1.0):
+        self.clock, self.shown, self.texts, self.per_own = clock, [], [], per_own
 
     def within(self, units, doing, *, ended=0, rate="", left=None, is_guess=None):
         self.shown.append((self.clock[0], left))
@@ -191,3 +191,13 @@ def test_a_small_prior_leaves_the_mean_to_what_was_drawn():
     assert estimate.ends == 3
     assert estimate.remaining() == pytest.approx((20 + 22 + 24 + 48) / 4, rel=0.15)
     assert LengthEstimate(48).remaining() == pytest.approx(LengthEstimate(48, prior=0.5).remaining())
+
+
+def test_tokens_are_those_of_all_processes(clock):
+    bar = Bar(clock, per_own=4.0)
+    drawing = Drawing(2, 10, bar)
+    for _ in range(3):
+        clock[0] += 1
+        drawing(0, 2, [])
+    assert bar.texts[-1].startswith("24/~")
+    assert bar.texts[-1].endswith(" 8/s")

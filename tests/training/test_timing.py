@@ -345,7 +345,7 @@ def test_the_part_of_a_rollout_is_that_of_its_time(clock):
     watch.show_on(Bar())  # type: ignore[arg-type]
     watch.begin_step(1)
     with watch.phase("rollout", "sampling"):
-        progress = watch.drawing(10, 200)
+        progress = watch.drawing(10, 200, total=10)
         for step in range(1, 201):
             clock.wait(1.0)
             ended = [step] if step % 20 == 0 else []
@@ -354,6 +354,28 @@ def test_the_part_of_a_rollout_is_that_of_its_time(clock):
     ratios = [left / (clock.now - now + 200) for now, left in seen if left is not None and now >= clock.now - 140]
     assert len(ratios) > 100
     assert all(0.7 < ratio < 1.3 for ratio in ratios)
+
+
+def test_phases_count_what_all_processes_do(clock, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shown: list[str] = []
+
+    class Bar:
+        def within(self, units, doing, **_) -> None:
+            shown.append(doing)
+
+    watch = StepWatch(guess={"rollout": 1.0, "update": 1.0})
+    watch.show_on(Bar())  # type: ignore[arg-type]
+    watch.begin_step(1)
+    with watch.phase("rollout", "sampling"):
+        progress = watch.drawing(3, 10, total=10)
+        clock.wait(1.0)
+        progress(1)
+        assert "sampling 3/10 completions" in shown[-1]
+    with watch.phase("update", "updating", total=80):
+        clock.wait(1.0)
+        watch.count(10)
+    assert "updating 40/80 tokens" in shown[-1]
 
 
 def test_a_log_says_within_a_step_what_is_done_and_how_long_it_takes(tmp_path, clock, capsys):

@@ -159,7 +159,7 @@ class PanelRunner:
         if not mine:
             return
         self.stop.check()
-        with task(label, len(mine), "questions") as bar:
+        with task(label, len(missing), "questions", share=len(mine)) as bar:
             for batch in load().replies([missing[key] for key in mine]):
                 given = [(mine[position], reply) for position, reply in batch]
                 self.cache.add(given)

@@ -95,7 +95,8 @@ def _score(
         source = model_source(context.recipe, model)
         rater = RewardModelScorer(load_reward_model(source, template=template), context.settings.sampling.batch_size)
     prompts, texts = [prompt for prompt, _ in pairs], [group for _, group in pairs]
-    with task(label, sum(map(len, texts)), "completions") as bar:
+    total = sum(map(len, samples.texts))
+    with task(label, total, "completions", share=sum(map(len, texts))) as bar:
         scores = score_completions(rater, prompts, texts, stop=context.stop.check, progress=bar.advance)
     del rater
     free_memory()

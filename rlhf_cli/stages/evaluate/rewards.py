@@ -11,7 +11,7 @@ from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.progress import say_once, task
 from rlhf_cli.stages.common import model_source
-from rlhf_cli.stages.evaluate.scores import ScoreFile
+from rlhf_cli.stages.evaluate.scores import ScoreFile, share_of_chunks
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
 
@@ -64,7 +64,10 @@ def _rewards(
 
     template = text_template(context.recipe.data, context.inputs.baseline.source)
     reward_model = load_reward_model(model_source(context.recipe, path), template=template)
-    with task("rewards", len(texts), "completions") as bar:
+    left = len(texts) if file is None else file.lacks(len(texts))
+    chunk = max(len(texts), 1) if file is None else _CHUNK
+    own = left if processes is None else share_of_chunks(processes, left, chunk)
+    with task("rewards", len(texts), "completions", done=len(texts) - left, share=own) as bar:
 
         def share(rows: list[int]) -> list[float]:
             prompts, completions = [texts[row][0] for row in rows], [texts[row][1] for row in rows]

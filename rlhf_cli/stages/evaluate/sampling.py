@@ -18,7 +18,7 @@ from rlhf_cli.progress import Task, say, task, warn
 from rlhf_cli.stages.evaluate.demonstrations import tokenized
 from rlhf_cli.stages.evaluate.policies import base_policy
 from rlhf_cli.stages.evaluate.rewards import rewarded
-from rlhf_cli.stages.evaluate.scores import ScoreFile
+from rlhf_cli.stages.evaluate.scores import ScoreFile, share_of_chunks
 from rlhf_cli.stages.evaluate.sides import Side
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.evaluate.tasks import task_measures
@@ -82,7 +82,7 @@ class Sampler:
             with policy.model():
                 pass  # loads the weights, which is not sampling
         with (
-            task(f"{name} completions", file.done + file.left, "completions", done=file.done) as bar,
+            task(f"{name} completions", file.total, "completions", done=file.done, share=file.left) as bar,
             self.watch.phase("rollout", "sampling"),
         ):
             progress = self._drawing(file.left, policy, bar)
@@ -166,7 +166,7 @@ class Sampler:
         """
         from rlhf_cli.generation.policy import TokenScores
 
-        stop, count = self.context.stop.check, self.processes.count
+        stop, chunk = self.context.stop.check, 8 * policy.sampling.batch_size
 
         def share(rows: list[int]) -> list[tuple[list[float], float]]:
             completions = [Completion(given[row], "", finished=True) for row in rows]
@@ -176,20 +176,21 @@ class Sampler:
                 completions,
                 temperature=temperature,
                 stop=stop,
-                progress=lambda read: bar.advance(count * read),
+                progress=bar.advance,
             )
             return [(one.logprobs, one.entropy) for one in found]
 
         file = ScoreFile(self.context.work / f"{slot}_scores.jsonl", self.processes)
         if not (left := file.lacks(len(given))):
             return [TokenScores(logprobs, entropy) for logprobs, entropy in file.fill(len(given), share, chunk=1)]
+        own = share_of_chunks(self.processes, left, chunk)
         with policy.model():
             pass  # loads the weights, which is not a pass
         with (
-            task(label, len(given), "completions", done=len(given) - left) as bar,
+            task(label, len(given), "completions", done=len(given) - left, share=own) as bar,
             self.watch.phase("passes", "passes"),
         ):
-            found = file.fill(len(given), partial(self.processes.map, work=share), chunk=8 * policy.sampling.batch_size)
+            found = file.fill(len(given), partial(self.processes.map, work=share), chunk=chunk)
         return [TokenScores(logprobs, entropy) for logprobs, entropy in found]
 
     def tasks(self, policy: Policy, slot: str) -> dict[str, Measure]:

@@ -91,6 +91,12 @@ class ScoreFile:
             ) from error
 
 
+def share_of_chunks(processes: ProcessGroup, count: int, chunk: int) -> int:
+    """Return how many of `count` rows this process computes, where the processes share each chunk."""
+    starts = range(0, count, chunk)
+    return sum(len(processes.shard(range(start, min(start + chunk, count)))) for start in starts)
+
+
 def _parse(line: bytes) -> list[tuple[int, Any]] | None:
     """Return (row, result) of a line; None if it is torn or damaged."""
     try:

@@ -83,9 +83,10 @@ def _with_rewards(
     """Add rewards to the items that need them; one reward model is in memory at a time."""
     asked = [number for number, item in enumerate(items) if not item.is_held_out and len(set(item.completions)) > 1]
     pairs = [(sampled.candidates[number].prompt, list(items[number].completions)) for number in asked]
+    total = sum(len(completions) for _, completions in pairs)
     found: list[list[list[float]]] = []
     for index in range(len(settings.reward_models)):
-        work = partial(rewards_of, context, context.inputs.active_learning[index].source)
+        work = partial(rewards_of, context, context.inputs.active_learning[index].source, total)
         found.append(sampled.processes.map(pairs, work))
     if not found:
         return list(items)
@@ -93,8 +94,17 @@ def _with_rewards(
     return [dataclasses.replace(item, rewards=rewards.get(number)) for number, item in enumerate(items)]
 
 
-def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[str]]]) -> list[list[float]]:
-    """Rewards of each prompt's completions by one model, on the scale of its preferences."""
+def rewards_of(
+    context: LabelContext, path: str, total: int, pairs: list[tuple[Prompt, list[str]]]
+) -> list[list[float]]:
+    """Rewards of each prompt's completions by one model, on the scale of its preferences.
+
+    Args:
+        context: of the stage.
+        path: of the reward model.
+        total: completions that all processes score with it.
+        pairs: prompts of this process, with their completions.
+    """
     from rlhf_cli.memory import free_memory
     from rlhf_cli.models.reward_model.loading import load_reward_model
 
@@ -106,7 +116,8 @@ def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[
     model.mean, model.std = 0.0, 1.0
     scorer = RewardModelScorer(model, context.settings.sampling.batch_size)
     prompts, texts = [prompt for prompt, _ in pairs], [completions for _, completions in pairs]
-    with task(f"scoring with {Path(path).name}", sum(map(len, texts)), "completions") as bar:
+    own = sum(map(len, texts))
+    with task(f"scoring with {Path(path).name}", total, "completions", share=own) as bar:
         scores = score_completions(scorer, prompts, texts, stop=context.stop.check, progress=bar.advance)
     del model, scorer
     free_memory()

@@ -213,7 +213,8 @@ def _scores(
     """Scores of each prompt's completions."""
     scorer = _scorer(context, settings, sampled)
     prompts, texts = [prompt for prompt, _ in pairs], [completions for _, completions in pairs]
-    with task("scoring completions", sum(map(len, texts)), "completions") as bar:
+    total = sum(len(row.completions) for row in sampled.candidates)
+    with task("scoring completions", total, "completions", share=sum(map(len, texts))) as bar:
         return score_completions(scorer, prompts, texts, stop=context.stop.check, progress=bar.advance)
 
 

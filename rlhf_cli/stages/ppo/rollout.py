@@ -168,8 +168,8 @@ class Rollouts:
         def draw() -> list[Completion]:
             nonlocal is_stale
             if pending is None:
-                return self._draw(source, mine, watch)
-            progress = watch.drawing(len(mine), self._policy.sampling.max_new_tokens)
+                return self._draw(source, mine, watch, len(rows))
+            progress = watch.drawing(len(mine), self._policy.sampling.max_new_tokens, total=len(rows))
             drawn, is_stale = ahead.finish(self._policy, pending, progress=progress)
             return drawn
 
@@ -215,7 +215,7 @@ class Rollouts:
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
         with self._policy.model() as model:
             with weights_to_draw(model, self._generator):  # not to score: a reward model is gathered itself
-                drawn = self._in_all(lambda: self._draw(source, mine, watch), watch)
+                drawn = self._in_all(lambda: self._draw(source, mine, watch, len(rows)), watch)
             return self._scored(source, rows, numbers, drawn, watch)
 
     def _in_all(self, draw: Callable[[], list[Completion]], watch: StepWatch) -> list[Completion]:
@@ -254,9 +254,11 @@ class Rollouts:
         columns = columns_of(prompts, source.references, drawn, partial(self._policy.decode, raw=True))
         return self._reward(prompts, [completion.text for completion in drawn], columns)
 
-    def _draw(self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]], watch: StepWatch) -> list[Completion]:
+    def _draw(
+        self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]], watch: StepWatch, total: int
+    ) -> list[Completion]:
         requests = self._requests(source, mine)
-        progress = watch.drawing(len(requests), self._policy.sampling.max_new_tokens)
+        progress = watch.drawing(len(requests), self._policy.sampling.max_new_tokens, total=total)
         return self._generator.generate(self._policy, requests, progress=progress)
 
     def _requests(self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]]) -> list[Request]:

@@ -152,7 +152,7 @@ class PPOTrainer(TrainingTask):
         """Run the 0-based step `step`."""
         settings, beta, watch = self.settings, self.state.kl_coef, watch or StepWatch()
         completions = self.rollouts.next_step(self.data.prompts, step, watch)
-        tokens = sum(map(completions.tokens, range(len(completions)))) / self._processes.count
+        tokens = sum(map(completions.tokens, range(len(completions))))
         self.forward_passes.count = watch.count
         with watch.phase("passes", "passes", total=self.forward_passes.passing * tokens):
             before = self.forward_passes.rollout_tensors(completions)

@@ -255,10 +255,12 @@ def ranking_rewards(
         Per ranking one reward per completion.
     """
 
+    total = sum(len(ranking.completions) for ranking in rankings)
+
     def score(own: list[Ranking]) -> list[list[float]]:
         prompts = [ranking.prompt for ranking in own for _ in ranking.completions]
         completions = [completion for ranking in own for completion in ranking.completions]
-        with task(label, len(prompts), "completions") as bar:
+        with task(label, total, "completions", share=len(prompts)) as bar:
 
             def progress(done: int) -> None:
                 bar.advance(done)

@@ -116,7 +116,7 @@ def _sample(
 
     def complete(own: list[Prompt]) -> list[str]:
         requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, context.recipe.seed, 0)) for prompt in own]
-        with task("completions to normalize rewards", len(own), "completions") as bar:
+        with task("completions to normalize rewards", len(fitting), "completions", share=len(own)) as bar:
             progress = Drawing(len(own), sampling.max_new_tokens, bar)
             drawn = draws.generate(policy, requests, progress=progress, stop=context.stop.check)
         return [completion.text for completion in drawn]

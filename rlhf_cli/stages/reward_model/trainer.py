@@ -156,7 +156,7 @@ class RewardTrainer(TrainingTask):
         """Take the 0-based optimizer step; metrics have the names of TRL's reward trainer."""
         watch, chosen = watch or StepWatch(), self.batches.groups(step)
         lengths = [len(sequence.ids) for number in chosen for sequence in self._groups[number].sequences]
-        with watch.phase("update", "training", total=sum(lengths) / self._processes.count):
+        with watch.phase("update", "training", total=sum(lengths)):
             sums = self.accumulate(chosen, watch.count)
             rate = scheduled_rate(self.settings, step, self.batches.steps) * self._rate_scale
             set_rate(self.optimizer, rate)

@@ -116,7 +116,7 @@ class SFTTrainer(TrainingTask):
         watch = watch or StepWatch()
         rows = self.plan.rows_of(step)
         lengths = [len(example) for number in rows for example in self.rows[number]]
-        with watch.phase("update", "training", total=sum(lengths) / self._processes.count):
+        with watch.phase("update", "training", total=sum(lengths)):
             loss = self._accumulate(rows, watch)
             rate = scheduled_rate(self._settings, step, self.plan.steps) * self._rate_scale
             set_rate(self.optimizer, rate)

@@ -168,7 +168,7 @@ class _Evaluation:
         if not self.held_out:
             return None
         size, own = self.batch_size, len(self.processes.shard(self.held_out))
-        with task(label, own, "records") as bar:
+        with task(label, len(self.held_out), "records", share=own) as bar:
 
             def progress(done: int) -> None:
                 self.stop.check()
