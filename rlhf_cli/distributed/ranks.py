@@ -61,17 +61,19 @@ def check_launcher_environment(environment: Mapping[str, str]) -> None:
     hint = f"unset {', '.join(given)}, or start with torchrun, which sets all of them"
     if missing := [name for name in _LAUNCHER_VARIABLES if name not in environment]:
         raise UsageError(f"the environment sets {shown} but not {', '.join(missing)}", hint=hint)
-    if problem := _inconsistency(environment):
-        named = next((name for name in ("MASTER_ADDR", "MASTER_PORT") if f" {name} " in problem), None)
-        meeting = f"set {named} to the same value in all processes, or start with torchrun, which sets it"
-        raise UsageError(problem, hint=hint if named is None else meeting)
+    if problem := _rank_problem(environment):
+        raise UsageError(problem, hint=hint)
+    if found := _address_problem(environment):
+        name, problem = found
+        hint = f"set {name} to the same value in all processes, or start with torchrun, which sets it"
+        raise UsageError(f"the environment variable {name} {problem}", hint=hint)
 
 
-def _inconsistency(environment: Mapping[str, str]) -> str | None:
-    """Return what is wrong with a launcher's environment in which no variable is missing; None if nothing is."""
-    for name in (*_NUMBERS, "MASTER_PORT"):
+def _rank_problem(environment: Mapping[str, str]) -> str | None:
+    """Return what is wrong with ranks and sizes, none of which is missing; None if nothing is."""
+    for name in _NUMBERS:
         if name in environment and not _is_number(environment[name]):
-            return f"the environment variable {name} must be a whole number, got `{environment[name]}`"
+            return f"the environment variable {name} {_not_a_number(environment[name])}"
     found = {name: int(environment[name]) for name in _NUMBERS if name in environment}
     for one, other in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if other in found and found[one] >= found[other]:
@@ -83,10 +85,18 @@ def _inconsistency(environment: Mapping[str, str]) -> str | None:
             f"the environment sets LOCAL_WORLD_SIZE={found['LOCAL_WORLD_SIZE']} and WORLD_SIZE={found['WORLD_SIZE']}: "
             "LOCAL_WORLD_SIZE must be at most WORLD_SIZE"
         )
-    if not 1 <= int(environment["MASTER_PORT"]) <= _MAX_PORT:
-        return f"the environment variable MASTER_PORT must be from 1 to {_MAX_PORT}, got {environment['MASTER_PORT']}"
+    return None
+
+
+def _address_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the variable of the common address that is unusable and what is wrong with it; None if neither is."""
+    port = environment["MASTER_PORT"]
+    if not _is_number(port):
+        return "MASTER_PORT", _not_a_number(port)
+    if not 1 <= int(port) <= _MAX_PORT:
+        return "MASTER_PORT", f"must be from 1 to {_MAX_PORT}, got {port}"
     if not environment["MASTER_ADDR"].strip():
-        return "the environment variable MASTER_ADDR is empty; it must name the machine of rank 0"
+        return "MASTER_ADDR", "is empty; it must name the machine of rank 0"
     return None
 
 
@@ -101,6 +111,10 @@ def _check_other_launchers(environment: Mapping[str, str]) -> None:
                 hint="start one process per machine, with torchrun or `rlhf --processes N` in it, or set these "
                 f"variables in each process; to work alone, unset {size}",
             )
+
+
+def _not_a_number(text: str) -> str:
+    return f"must be a whole number, got `{text}`"
 
 
 def _is_number(text: str) -> bool:

@@ -87,6 +87,12 @@ def test_the_hint_names_the_address_or_the_port_that_is_wrong(name: str, value: 
     assert (caught.value.hint or "").startswith(f"set {name} to ")
 
 
+def test_a_value_that_mentions_a_variable_does_not_choose_the_hint():
+    with pytest.raises(UsageError) as caught:
+        check_launcher_environment(WHOLE | {"RANK": "$RANK MASTER_PORT 29400"})
+    assert (caught.value.hint or "").startswith("unset RANK, LOCAL_RANK, WORLD_SIZE, ")
+
+
 @pytest.mark.parametrize("variables", ACCEPTED, ids=range(len(ACCEPTED)))
 def test_an_environment_that_describes_one_process_is_accepted(variables, toy):
     assert toy.run(**variables).code == 0
