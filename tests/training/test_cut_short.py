@@ -70,7 +70,7 @@ def kill_at(monkeypatch, name: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["fsync", "rename", "write_whole"])
-def test_killed_anywhere_it_ends_as_one_that_was_not(name, tmp_path, monkeypatch):
+def test_killed_anywhere_it_ends_as_one_that_was_not(name, tmp_path, monkeypatch, capsys):
     whole = stopped(tmp_path / "whole")
     cut(whole, EvaluatedWalk()).run()
     for number in range(1, 50):
@@ -83,13 +83,35 @@ def test_killed_anywhere_it_ends_as_one_that_was_not(name, tmp_path, monkeypatch
                 is_killed = True
             else:
                 is_killed = False
+        capsys.readouterr()
         cut(work, EvaluatedWalk()).run()
+        assert "warning" not in capsys.readouterr().err, "nothing is lost"
         for file in ("metrics.jsonl", "samples.jsonl"):
             assert (work / file).read_bytes() == (whole / file).read_bytes(), (number, file)
         assert saved(work)[-1] == DONE
         if not is_killed:
             break
     assert number > {"fsync": 10, "rename": 3, "write_whole": 1}[name], "it was killed that often"
+
+
+def test_killed_before_the_evaluation_is_saved_it_can_go_on_as_if_nothing_had_been_evaluated(
+    tmp_path, monkeypatch, capsys
+):
+    whole, work = tmp_path / "whole", stopped(tmp_path / "cut")
+    cut(whole, EvaluatedWalk(), steps=8).run()
+
+    def killed(*_arguments: object, **_options: object) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf_cli.training.loop.save_checkpoint", killed)
+        with pytest.raises(Kill):
+            cut(work, EvaluatedWalk()).run()
+    assert "eval/reward" in rows(work)[-1]
+    capsys.readouterr()
+    cut(work, EvaluatedWalk(), steps=8).run()
+    assert "warning" not in capsys.readouterr().err
+    assert (work / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_a_run_that_had_ended_there_is_not_evaluated_again(tmp_path):

@@ -18,6 +18,8 @@ from rlhf_cli.progress import warn
 
 _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 """JSON escapes of characters that some readers treat as line ends."""
+_LINE_END = b"}\n"
+"""The end of a line; values that `amend` adds stand before it."""
 
 
 class StepLines:
@@ -41,9 +43,8 @@ class StepLines:
         self._path, self._sparse = path, sparse
         found = path.read_bytes() if path.exists() else b""
         self.last_step = _last_step(found)
-        if position is not None and _is_whole(found, position):
-            kept = found[: position["bytes"]]
-        else:
+        kept = None if position is None else _saved(found, position)
+        if kept is None:
             kept = self._readable(found, after_step, position)
         self.kept_step = _last_step(kept)
         if kept != found or not path.exists():
@@ -154,7 +155,14 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
-def _is_whole(found: bytes, position: Mapping[str, Any]) -> bool:
-    """Whether the file still begins with the bytes that a checkpoint knows."""
+def _saved(found: bytes, position: Mapping[str, Any]) -> bytes | None:
+    """Return the bytes that a checkpoint knows; None if the file no longer begins with them.
+
+    If the run was killed between `amend` and the checkpoint after it, the last line has values that are measured again:
+    it ends without them.
+    """
     beginning = found[: position["bytes"]]
-    return len(beginning) == position["bytes"] and hashlib.sha256(beginning).hexdigest() == position["sha256"]
+    for content in (beginning, beginning[: -len(_LINE_END)] + _LINE_END):
+        if len(content) == position["bytes"] and hashlib.sha256(content).hexdigest() == position["sha256"]:
+            return content
+    return None
