@@ -127,7 +127,7 @@ class LabelTask:
         plan: `LabelPlan.display_hash` of the valid plan; if it differs from the one displayed, read
             `LabelSession.plan` again.
         active_seconds: spent on it so far.
-        endings: K texts to show after the completions: that one was cut off; empty if it was not, or if that is not
+        endings: K texts to show above the completions: that one was cut off; empty if it was not, or if that is not
             known.
     """
 

@@ -107,8 +107,8 @@ def _completion_cells(text: str, ending: str, completion: int, at: int, share: i
     rows = wrap(text, space)
     if not text.strip():
         rows = ((Piece("(only white space)" if text else "(an empty answer)", "dim"),), *rows[1:])
-    if ending:
-        rows = (*rows, *wrap(f"({ending})", space, "warn"))
+    if ending:  # above the text, the end of which may be off the screen
+        rows = (*wrap(f"({ending})", space, "warn"), *rows)
     if len(rows) == 1:
         rows = (*rows, ())  # a second row for the place
     return [Cell(at + GUTTER, pieces, completion, line) for line, pieces in enumerate(rows)]

@@ -112,17 +112,25 @@ CUT_OFF = "cut off at the limit of 64 tokens"
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_an_answer_that_was_cut_off_says_so_below_its_text(width):
+def test_an_answer_that_was_cut_off_says_so_beside_its_letter(width):
     state = at_task("Let the dough rise.", "Add water, becau")
     assert state.task is not None
     marked = replace(state, task=replace(state.task, endings=("", CUT_OFF)))
     assert CUT_OFF not in shown(state, width)
     lines = shown(marked, width).splitlines()
-    (at,) = [number for number, line in enumerate(lines) if f"({CUT_OFF})" in line]
-    above = [line.find("Add water") for line in lines[:at] if "Add water" in line]
-    assert above == [lines[at].find(f"({CUT_OFF})")], "in the column of its answer"
+    (at,) = [number for number, line in enumerate(lines) if f"  b   ({CUT_OFF})" in line]
+    below = [line.find("Add water") for line in lines[at:] if "Add water" in line]
+    assert below == [lines[at].find(f"({CUT_OFF})")], "in the column of its answer"
     pieces = [piece for row in draw(marked, width, 24).rows for piece in row if piece.text == f"({CUT_OFF})"]
     assert [piece.style for piece in pieces] == ["warn"], "not in the style of a text, which may hold the same words"
+
+
+def test_of_each_answer_that_begins_on_the_screen_it_is_seen_that_it_was_cut_off():
+    state = at_task(*("Add water, a little flour and wait. " * 20 for _ in "abcd"))
+    assert state.task is not None
+    screen = shown(replace(state, task=replace(state.task, endings=(CUT_OFF,) * 4)), 100, 35)
+    assert "more lines" in screen, "their ends are below"
+    assert screen.count(CUT_OFF) == 4
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from rlhf_cli.data.records import Candidates, Message
 from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.web.tokens import ServerLinks
@@ -112,6 +114,27 @@ def test_strengths_marks_and_every_control_can_be_reached_by_keyboard(browser: B
     }
     assert [two.completions[tier[0]] for tier in two.tiers] == [second["a"], second["b"]]
     assert two.strength == 1
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_that_an_answer_was_cut_off_is_seen_where_it_begins(browser: Browser, tmp_path: Path, width: int) -> None:
+    long = "Add water, a little flour and wait. " * 60
+    items = [Candidates("Why?", (f"1 {long}", "2 Let it rise."), cut_off=(64, None))]
+    with (
+        served(make_store(tmp_path / "labels.sqlite", items), ["Ada"]) as links,
+        opened(browser, links.annotators["Ada"], viewport={"width": width, "height": 800}) as page,
+    ):
+        page.wait_for_selector("#task:visible")
+        cards = page.locator(".completion")
+        whole, cut = cards.filter(has_text="2 Let it rise."), cards.filter(has_text="1 Add water")
+        assert whole.locator(".ending").count() == 0
+        assert cut.locator(".ending").inner_text() == "cut off at the limit of 64 tokens"
+        boxes = [cut.locator(one).bounding_box() for one in (".badge", ".ending", ".rank", ".text")]
+        badge, ending, rank, text = (box for box in boxes if box is not None)
+        assert badge["x"] + badge["width"] <= ending["x"]
+        assert ending["x"] + ending["width"] <= rank["x"]
+        assert rank["x"] + rank["width"] <= width
+        assert ending["y"] + ending["height"] <= text["y"]
 
 
 def test_time_counts_until_a_minute_after_the_last_act(browser: Browser, tmp_path: Path) -> None:

@@ -38,14 +38,15 @@ export function completionCard(text, ending, position, letter, markGroups, onRan
   rank.type = "button";
   rank.className = "rank";
   rank.addEventListener("click", (event) => onRank(event.detail > 0));
-  head.append(badge, rank);
-  card.append(head, showText(document.createElement("div"), text));
+  head.append(badge);
   if (ending) {
     const said = document.createElement("p");
     said.className = "ending";
     said.textContent = ending;
-    card.append(said);
+    head.append(said);
   }
+  head.append(rank);
+  card.append(head, showText(document.createElement("div"), text));
   if (markGroups.length) {
     const all = document.createElement("div");
     all.className = "marks";
