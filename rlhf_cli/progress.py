@@ -3,29 +3,26 @@
 Bars show rate and time left, and move within long units such as the steps of PPO (`Task.within`). A time left with `~`
 rests on a guess: not one unit has ended yet. Under CI, or if stderr is not a terminal, a task prints one line when it
 starts, one every 30 seconds and one when it ends, so that logs stay readable. The log of the run (`run_log`) gets these
-lines in any case, and all messages, also those that `--quiet` hides. `recorded` also writes the running tasks to a
-file, from which another process shows them.
+lines in any case, and all messages, also those that `--quiet` hides. Running tasks are listed in `running_tasks`, which
+other processes read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from rlhf_cli.console import bar_of_tasks, console, interactive
-from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.durations import format_clock, format_duration
+from rlhf_cli.running_tasks import listed, show_change
 from rlhf_cli.verbosity import is_verbose
 
 if TYPE_CHECKING:
@@ -123,7 +120,7 @@ class Task:
 
     def _show(self) -> None:
         beat()
-        _record.write()
+        show_change()
         now = time.monotonic()
         if self._bar is not None and self._id is not None:
             done = min(max(self._done + self._inside.units, 0), self._total)
@@ -238,71 +235,6 @@ _LINE_EVERY = 30.0
 """Seconds between two lines of a task in a log."""
 
 
-class _Record:
-    """The file of `recorded`: which tasks are running, and how far they are."""
-
-    def __init__(self) -> None:
-        self.path: Path | None = None
-        self.stage: str | None = None
-        self.running: list[Task] = []
-        self.has_saving = False
-        self._wrote = 0.0
-
-    def write(self, *, at_once: bool = False) -> None:
-        """Write the file, unless that was done within the last second."""
-        now = time.monotonic()
-        if self.path is None or (now - self._wrote < _RECORD_EVERY and not at_once):
-            return
-        self._wrote = now
-        content = {"host": socket.gethostname(), "time": time.time(), "stage": self.stage}
-        content["tasks"] = [task.as_json() for task in self.running]
-        temporary = self.path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # it is only for display; the stage itself reports a failing disk
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-            temporary.replace(self.path)  # not durable, which `write_whole` would wait for
-
-
-_record = _Record()
-_RECORD_EVERY = 1.0
-"""Seconds between two writes of the file of `recorded`, at least."""
-
-
-@contextmanager
-def recorded(path: Path) -> Iterator[None]:
-    """Keep a file with the running tasks during a run, in the main process; it is removed at the end.
-
-    Args:
-        path: the file: `{host, time, stage, tasks}`, time in seconds since 1970, tasks as in `Task.as_json`.
-    """
-    if not is_main():
-        yield
-        return
-    _record.path, _record.stage = path, None
-    _record.write(at_once=True)
-    try:
-        yield
-    finally:
-        _record.path = None
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def begin_stage(name: str) -> None:
-    """Name the stage that begins, in the file of `recorded`."""
-    _record.stage = name
-    _record.write(at_once=True)
-
-
-def has_begun() -> bool:
-    """Whether any work has begun in this process that is saved where it is asked to stop."""
-    return _record.has_saving
-
-
-def what_is_saved() -> str | None:
-    """Return after what the running work would stop on request; None if it would save nothing by that."""
-    return next((running.until_saved() for running in _record.running if running.saves), None)
-
-
 @contextmanager
 def task(
     label: str, total: int, unit: str = "steps", done: int = 0, *, saves: bool = True, share: int | None = None
@@ -317,15 +249,8 @@ def task(
         saves: whether the work looks for requests to stop, and saves what it has done; else Ctrl-C ends it at once.
         share: how many of the units to come this process does, where others do the rest; None is all.
     """
-    with _shown(label, total, unit, done, saves=saves, share=share) as running:
-        _record.running.append(running)
-        _record.has_saving |= saves
-        _record.write(at_once=True)
-        try:
-            yield running
-        finally:
-            _record.running.remove(running)
-            _record.write(at_once=True)
+    with _shown(label, total, unit, done, saves=saves, share=share) as running, listed(running):
+        yield running
 
 
 @contextmanager

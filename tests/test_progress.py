@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from rlhf_cli import console as console_module
-from rlhf_cli import progress
+from rlhf_cli import progress, running_tasks
 from rlhf_cli.console import Messages, muted, show_under_bar, spinner, working
 from rlhf_cli.durations import format_clock, format_duration
 from tests.terminals import screen_of
@@ -173,7 +173,7 @@ def test_what_is_waited_for_follows_the_bar(monkeypatch, clock):
     monkeypatch.setattr(progress, "interactive", lambda: True)
     shown = []
     with progress.task("ppo", 4) as task:
-        assert show_under_bar(lambda: f"stopping after {progress.what_is_saved()}")
+        assert show_under_bar(lambda: f"stopping after {running_tasks.what_is_saved()}")
         for _ in range(2):
             task._bar.refresh()
             shown.append(screen_of(screen.getvalue(), 100)[1])
@@ -223,9 +223,9 @@ def read(path):
 
 def test_a_file_tells_other_processes_how_far_the_running_tasks_are(tmp_path, clock):
     path = tmp_path / ".progress.json"
-    with progress.recorded(path):
+    with running_tasks.recorded(path):
         assert read(path) | {"time": 0} == {"host": socket.gethostname(), "stage": None, "time": 0, "tasks": []}
-        progress.begin_stage("ppo")
+        running_tasks.begin_stage("ppo")
         assert read(path)["stage"] == "ppo"
         with progress.task("ppo", 10, done=2) as steps:
             clock[0] += 6
@@ -246,7 +246,7 @@ def test_a_file_tells_other_processes_how_far_the_running_tasks_are(tmp_path, cl
 
 def test_the_file_is_written_once_per_second_at_most(tmp_path, clock):
     path = tmp_path / ".progress.json"
-    with progress.recorded(path), progress.task("sft", 100) as steps:
+    with running_tasks.recorded(path), progress.task("sft", 100) as steps:
         for after, expected in ((0.3, 0), (0.3, 0), (0.5, 3), (0.9, 3), (0.2, 5)):
             clock[0] += after
             steps.advance()
@@ -255,48 +255,48 @@ def test_the_file_is_written_once_per_second_at_most(tmp_path, clock):
 
 def test_a_stage_goes_on_where_the_file_cannot_be_written_or_removed(tmp_path):
     folder = tmp_path / "gone"
-    with progress.recorded(folder / ".progress.json"), progress.task("sft", 2) as steps:
+    with running_tasks.recorded(folder / ".progress.json"), progress.task("sft", 2) as steps:
         steps.advance(2)
-    with pytest.raises(ZeroDivisionError), progress.recorded(tmp_path / ".progress.json"):
+    with pytest.raises(ZeroDivisionError), running_tasks.recorded(tmp_path / ".progress.json"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_main_process_writes_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "is_main", lambda: False)
-    with progress.recorded(tmp_path / ".progress.json"), progress.task("sft", 2):
+    monkeypatch.setattr(running_tasks, "is_main", lambda: False)
+    with running_tasks.recorded(tmp_path / ".progress.json"), progress.task("sft", 2):
         assert list(tmp_path.iterdir()) == []
 
 
 def test_a_request_to_stop_waits_for_the_step_that_is_under_way(clock):
-    assert progress.what_is_saved() is None
+    assert running_tasks.what_is_saved() is None
     with progress.task("tokenizing", 9, "records", saves=False):
-        assert progress.what_is_saved() is None
+        assert running_tasks.what_is_saved() is None
     with progress.task("ppo", 10) as task:
         first = "step 1 of 10 of ppo, the first of this run; how long it takes is not known yet"
-        assert progress.what_is_saved() == first
+        assert running_tasks.what_is_saved() == first
         clock[0] += 5
         task.within(0.25, "sampling")
-        assert progress.what_is_saved() == "step 1 of 10 of ppo, in very roughly 15.0 s"
+        assert running_tasks.what_is_saved() == "step 1 of 10 of ppo, in very roughly 15.0 s"
         clock[0] += 15
         task.advance()
         clock[0] += 5
         task.within(0.5, "updating")  # 1.5 steps in 25 s
         with progress.task("held-out completions", 4, "completions"):
-            assert progress.what_is_saved() == "step 2 of 10 of ppo, in about 8.3 s"
+            assert running_tasks.what_is_saved() == "step 2 of 10 of ppo, in about 8.3 s"
         clock[0] += 9
-        assert progress.what_is_saved() == "step 2 of 10 of ppo, which takes longer than those before it"
+        assert running_tasks.what_is_saved() == "step 2 of 10 of ppo, which takes longer than those before it"
     with progress.task("sampling completions", 4, "completions") as task:
         batch = "the current batch of sampling completions"
-        assert progress.what_is_saved() == f"{batch}, the first; how long it takes is not known yet"
+        assert running_tasks.what_is_saved() == f"{batch}, the first; how long it takes is not known yet"
         clock[0] += 8
         task.advance(2)
         clock[0] += 3
-        assert progress.what_is_saved() == f"{batch}, in about 5.0 s"
+        assert running_tasks.what_is_saved() == f"{batch}, in about 5.0 s"
         task.within(0.5, "40 tokens")
-        assert progress.what_is_saved() == "the current token of sampling completions, in about 3.0 s"
+        assert running_tasks.what_is_saved() == "the current token of sampling completions, in about 3.0 s"
         clock[0] += 4
-        assert progress.what_is_saved() == "the current token of sampling completions, about to end"
+        assert running_tasks.what_is_saved() == "the current token of sampling completions, about to end"
 
 
 @pytest.fixture

@@ -30,10 +30,11 @@ from rlhf_cli.pipeline.record import Record, command_line
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.pipeline.stage_run import manifest_settings, run_stage, stage_context
-from rlhf_cli.progress import begin_stage, has_begun, recorded, say, warn, what_is_saved
+from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
+from rlhf_cli.running_tasks import begin_stage, has_begun, recorded, what_is_saved
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage
 from rlhf_cli.stages.sharding import check_processes, described_processes

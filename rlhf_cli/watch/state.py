@@ -64,7 +64,7 @@ class RunningTask(BaseModel):
 
 
 class _Progress(BaseModel):
-    """The progress record of a run, see `progress.recorded`; without one, and if it cannot be read, it has no time."""
+    """The progress record of a run, see `running_tasks.recorded`; one that cannot be read has no time."""
 
     host: str = ""
     time: float = 0.0

@@ -44,7 +44,8 @@ def test_only_work_that_began_is_said_to_be_saved(saves: bool, message: str, hin
 
 def test_work_has_begun_once_a_task_that_saves_has():
     program = """
-from rlhf_cli.progress import has_begun, task
+from rlhf_cli.progress import task
+from rlhf_cli.running_tasks import has_begun
 found = []
 for saves in (False, True):
     with task("training", 1, saves=saves):
