@@ -14,9 +14,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,14 @@ from rlhf_cli.distributed.signals import SignalStop
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
 from rlhf_cli.models.model_shape import FLOAT32
-from rlhf_cli.models.resources import CPU_PROCESS, Extent, MemoryNeed
+from rlhf_cli.models.resources import CPU_PROCESS, Extent
 from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.plan_advice import Advice, accepted_by, advise
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.planner import Planner, Step
-from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
 from rlhf_cli.pipeline.runner import check_steps, limit_threads, not_cached
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.progress import Task, task
@@ -54,76 +54,6 @@ TRIAL_SECONDS = 10.0
 """Seconds that the trials of all stages take together, without loading models; up to twice that for large ones."""
 _SAMPLING_INPUTS = ("sft", "ppo")
 """Stages that write language models like the one they start from."""
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What a stage will take.
-
-    Attributes:
-        name: of the stage.
-        action: "run", "resume" or "cached"; the others are empty then.
-        reason: of the action.
-        workload: with completions at their maximum; None where it is not known.
-        expected: with completions at the mean that the trial found; None without.
-        precision: of matrix products.
-        memory: by phase and role; None where it is not known.
-        disk: upper bound of the bytes that it writes.
-        rates: what the trial measured; None without.
-        sizes: derived sizes, as in `recipe show`.
-        advice: what to change if it does not fit the memory.
-        predicted: what each phase takes on other machines; None for this one, or where their speed is not known.
-    """
-
-    name: str
-    action: str
-    reason: str
-    workload: Workload | None = None
-    expected: Workload | None = None
-    precision: str = ""
-    memory: MemoryNeed | None = None
-    disk: int = 0
-    rates: Rates | None = None
-    sizes: dict[str, int | str] = field(default_factory=dict)
-    advice: tuple[Advice, ...] = ()
-    predicted: Mapping[str, Took] | None = None
-
-    @property
-    def seconds(self) -> dict[str, float] | None:
-        """Seconds of each phase, measured or predicted; None without either."""
-        if self.predicted is not None:
-            return {phase: took.total for phase, took in self.predicted.items()}
-        workload = self.expected or self.workload
-        return None if self.rates is None or workload is None else self.rates.seconds(workload)
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What a run will take.
-
-    Attributes:
-        run_dir: the run directory.
-        stages: in order.
-        device: "cpu", "cuda" or another.
-        memory_limit: bytes of memory of the device.
-        disk_free: bytes.
-        trial: whether times were measured.
-        target: the machines that are planned for; None for this one.
-    """
-
-    run_dir: Path
-    stages: list[StagePlan]
-    device: str
-    memory_limit: int
-    disk_free: int
-    trial: bool
-    target: Target | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of all stages together; None where they are neither measured nor predicted."""
-        known = [sum(stage.seconds.values()) for stage in self.stages if stage.seconds is not None]
-        return sum(known) if self.trial or known else None
 
 
 def plan_run(
@@ -249,9 +179,9 @@ class _StagePlanner:
                 extent = replace(extent, process=rates.process)
                 memory = stage.memory(section, recipe, extent)
         expected = None if rates is None or rates.mean is None else reading.at(rates.mean)
-        predicted = None
+        predicted, fits = None, memory is None or memory.total <= self._limit
         if self._target is not None and memory is not None:
-            predicted = self._target.predict(section, recipe, extent, workload)
+            predicted = self._target.predict(section, recipe, extent, workload) if fits else None
             notes = self._target.notes(recipe, extent, workload)
             workload = replace(workload, notes=(*workload.notes, *notes))
         if copied := host_copy(section, recipe, extent, workload.trained):
@@ -259,7 +189,7 @@ class _StagePlanner:
             workload = replace(workload, notes=(*workload.notes, note))
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
         advice: Sequence[Advice] = ()
-        if memory is not None and memory.total > self._limit:
+        if not fits:
             advice = advise(stage, section, recipe, extent, self._limit, self._accepts)
         return StagePlan(
             name=stage.name,
@@ -274,6 +204,7 @@ class _StagePlanner:
             sizes=dict(stage.sizes(section, self._recipe)),
             advice=tuple(advice),
             predicted=predicted,
+            fits=fits,
         )
 
     def _extent(self, reading: Reading, workload: Workload) -> Extent:
