@@ -19,10 +19,10 @@ def explain(error: ValidationError, layers: Layers) -> list[str]:
     seen: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         seen.setdefault(_key_path(detail["loc"]), []).append(detail)
-    for key_path, details in sorted(seen.items(), key=lambda item: _order(layers.origin(item[0]))):
-        for text in _texts(key_path, details, layers):
-            origin = layers.origin(key_path)
-            found[text if origin is None else f"{origin}: {text}"] = None
+    texts = [(key_path, text) for key_path, details in seen.items() for text in _texts(key_path, details, layers)]
+    problems = [(layers.origin(key_path), text) for key_path, text in texts]
+    for origin, text in sorted(problems, key=lambda problem: _order(problem[0])):
+        found[text if origin is None else f"{origin}: {text}"] = None
     return list(found)
 
 
@@ -47,12 +47,27 @@ def _is_mapping(key_path: KeyPath) -> bool:
 
 
 def _texts(key_path: KeyPath, details: list[Any], layers: Layers) -> Iterator[str]:
-    kinds = {detail["type"] for detail in details}
-    if len(details) > 1 and kinds <= {"string_type", "list_type"}:  # the only such union in the schema
-        yield f"{_name(key_path)} must be text or a list of text; got {_shown(key_path, details[0]['input'], layers)}"
+    if len(details) > 1 and all(len(detail["loc"]) > len(key_path) for detail in details):  # one per type of a union
+        expected = dict.fromkeys(_of_member(key_path, detail) for detail in details)
+        got = _shown(key_path, _value_at(key_path, layers.data), layers)
+        yield f"{_name(key_path)} must be {' or '.join(expected)}; got {got}"
         return
     for detail in details:
         yield _text(key_path, detail, layers)
+
+
+def _of_member(key_path: KeyPath, detail: Any) -> str:
+    """Return what one type of a union expects; pydantic puts the name of the type behind the key path."""
+    member = str(detail["loc"][len(key_path)])
+    if member.startswith("list["):
+        return f"a list of {_TYPES[f'{member[5:-1]}_type']}"
+    return _expected(detail["type"], detail.get("ctx", {}))
+
+
+def _value_at(key_path: KeyPath, data: Any) -> Any:
+    for key in key_path:
+        data = data[key]
+    return data
 
 
 def _text(key_path: KeyPath, detail: Any, layers: Layers) -> str:
@@ -65,9 +80,6 @@ def _text(key_path: KeyPath, detail: Any, layers: Layers) -> str:
         reason = str(context.get("error", detail["msg"]))
         return reason if not key_path else f"{name}: {reason}"
     got = _shown(key_path, detail["input"], layers)
-    if kind == "literal_error":
-        choices = str(context["expected"]).replace("'", "`")
-        return f"{name} must be {choices}; got {got}"
     if kind == "string_type":
         quoted = " (quote it to make it text)" if _scalar(detail["input"]) else ""
         return f"{name} must be text; got {got}{quoted}"
@@ -86,6 +98,8 @@ _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "str_type": "text",
+    "string_type": "text",
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping of names",
@@ -97,6 +111,8 @@ _TYPES = {
 def _expected(kind: str, context: dict[str, Any]) -> str:
     if kind in _BOUNDS:
         return _BOUNDS[kind].format(**{key: _number(value) for key, value in context.items()})
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "`")
     return _TYPES.get(kind, kind.replace("_", " "))
 
 
