@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rlhf_cli.recipe.document import KeyPath
 from rlhf_cli.recipe.fields import dotted, field_at, section_at, suggestion
-from rlhf_cli.recipe.overrides import Layers
+from rlhf_cli.recipe.overrides import Layers, key_path_of
 
 
 def explain(error: ValidationError, layers: Layers) -> list[str]:
@@ -20,10 +20,24 @@ def explain(error: ValidationError, layers: Layers) -> list[str]:
     for detail in error.errors(include_url=False):
         seen.setdefault(_key_path(detail["loc"]), []).append(detail)
     texts = [(key_path, text) for key_path, details in seen.items() for text in _texts(key_path, details, layers)]
-    problems = [(layers.origin(key_path), text) for key_path, text in texts]
+    problems = [(_origin(key_path, text, layers), text) for key_path, text in texts]
     for origin, text in sorted(problems, key=lambda problem: _order(problem[0])):
         found[text if origin is None else f"{origin}: {text}"] = None
     return list(found)
+
+
+def _origin(key_path: KeyPath, text: str, layers: Layers) -> str | None:
+    """Return where a problem comes from: the option of the first setting named in it that the command line gives.
+
+    A contradiction of two settings is a problem of their section, which may be a line of the file.
+    """
+    for name in re.findall(r"`([\w.]+)(?:: [^`]*)?`", text):
+        keys = key_path_of(name)
+        for named in ((*key_path, *keys), keys if len(keys) > 1 else key_path):
+            origin = layers.origins.get(named, "")
+            if named != key_path and origin.startswith("--") and field_at(named) is not None:
+                return origin
+    return layers.origin(key_path)
 
 
 def _order(origin: str | None) -> tuple[int, int]:

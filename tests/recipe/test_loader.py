@@ -311,6 +311,35 @@ def test_an_invalid_set_is_quoted(tmp_path, setting, problem):
     assert problem in found
 
 
+CONTRADICTIONS = "name: x\nmodel:\n  path: m\n  sharding: fsdp\nppo:\n  rewards: [{function: f}]\nlabel:\n  by: judge\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "blamed", "problem"),
+    [
+        (["model.sharding=none", "model.sharding_size=2"], 1, "`sharding_size` has no effect without `sharding: fsdp`"),
+        (["model.quantize=4bit"], 0, "`sharding: fsdp` does not support `quantize: 4bit`"),
+        (["model={path: m, sharding_size: 2}"], 0, "`sharding_size` has no effect without `sharding: fsdp`"),
+        (["ppo.kl_coef=0", "ppo.kl_target=6"], 1, "`kl_target` has no effect with `kl_coef: 0`"),
+        (["ppo.steps=3", "ppo.eval_prompts=3"], 1, "`eval_prompts` has no effect without `eval_steps`"),
+        (["ppo.lora.dropout=0.1"], 0, "`lora.dropout` must be 0"),
+        (["ppo.rewards.0.url=https://host/score"], 0, "expected exactly one of `function`, `model` and `url`"),
+        (["generation.engine=torch", "generation.vllm_server=http://host:1"], 1, "`vllm_server` has no effect with"),
+        (["data.comparison.completions=[a, b]", "data.comparison.verdict=[]"], 1, "several columns in `verdict`"),
+    ],
+)
+def test_a_contradiction_names_the_option_that_causes_it(tmp_path, settings, blamed, problem):
+    """Two settings contradict each other: the line of their section is not to blame for what an option says."""
+    found = [one for one in problems(tmp_path, CONTRADICTIONS, *settings) if problem in one]
+    assert len(found) == 1
+    assert found[0].startswith(f"--set {settings[blamed]}: ")
+
+
+def test_a_contradiction_of_a_file_has_its_line(tmp_path):
+    (found,) = problems(tmp_path, "model:\n  path: m\nppo:\n  eval_prompts: 3\n", "ppo.steps=3")
+    assert found.startswith("r.yaml:3: ")
+
+
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_former_setting_name_is_refused_with_the_new_name(old, new):
     former, current = (tuple(name.split(".")) for name in (old, new))
