@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -62,9 +62,9 @@ def _is_mapping(key_path: KeyPath) -> bool:
 
 def _texts(key_path: KeyPath, details: list[Any], layers: Layers) -> Iterator[str]:
     if len(details) > 1 and all(len(detail["loc"]) > len(key_path) for detail in details):  # one per type of a union
-        expected = dict.fromkeys(_of_member(key_path, detail) for detail in details)
+        members = dict.fromkeys(_of_member(key_path, detail) for detail in details)
         got = _shown(key_path, _value_at(key_path, layers.data), layers)
-        yield f"{_name(key_path)} must be {' or '.join(expected)}; got {got}"
+        yield f"{_name(key_path)} must be {' or '.join(members)}; got {got}"
         return
     for detail in details:
         yield _text(key_path, detail, layers)
@@ -75,7 +75,7 @@ def _of_member(key_path: KeyPath, detail: Any) -> str:
     member = str(detail["loc"][len(key_path)])
     if member.startswith("list["):
         return f"a list of {_TYPES[f'{member[5:-1]}_type']}"
-    return _expected(detail["type"], detail.get("ctx", {}))
+    return expected(detail["type"], detail.get("ctx", {}))
 
 
 def _value_at(key_path: KeyPath, data: Any) -> Any:
@@ -97,7 +97,7 @@ def _text(key_path: KeyPath, detail: Any, layers: Layers) -> str:
     if kind == "string_type":
         quoted = " (quote it to make it text)" if _scalar(detail["input"]) else ""
         return f"{name} must be text; got {got}{quoted}"
-    return f"{name} must be {_expected(kind, context)}; got {got}"
+    return f"{name} must be {expected(kind, context)}; got {got}"
 
 
 _BOUNDS = {
@@ -122,7 +122,8 @@ _TYPES = {
 }
 
 
-def _expected(kind: str, context: dict[str, Any]) -> str:
+def expected(kind: str, context: Mapping[str, Any]) -> str:
+    """Return what a value must be, for a kind of error of pydantic and its context."""
     if kind in _BOUNDS:
         return _BOUNDS[kind].format(**{key: _number(value) for key, value in context.items()})
     if kind == "literal_error":
