@@ -38,10 +38,11 @@ from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.progress import Task, task
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.base import Stage, StageContext
 from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.registry import stages
 from rlhf_cli.stages.sharding import SHARDED_STAGES, check_several
 from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Reading, Workload
@@ -85,7 +86,10 @@ def plan_run(
             target.check(recipe, names)
         check_steps(here, steps)
 
-    planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
+    run, chosen = RunDirectory(folder), select(recipe, selection)
+    present = [stage for stage in stages() if recipe.section(stage.name) is not None]
+    earlier = present[: present.index(chosen[0])]
+    planner = Planner(recipe, run, chosen, selection, assumed=[stage.name for stage in earlier])
     with loaded.locating(), working("checking the recipe, its models and its data ..."):
         steps = planner.plan(check)
     from rlhf_cli.models.device import resolve_device
@@ -97,10 +101,13 @@ def plan_run(
         seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
         stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe, steps)
         with _shown(len(trained), trial=trial) as bar:
-            stages = [stage_planner.plan(step, bar) for step in steps]
+            for stage in earlier:
+                if stage.name == "sft" and here.model.build is not None and not run.artifact(stage.name).is_dir():
+                    stage_planner.build_base(stage, planner.inputs(stage))
+            planned = [stage_planner.plan(step, bar) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     device = device if target is None else "cuda"
-    return RunPlan(folder, stages, device, limit, shutil.disk_usage(existing).free, trial, target)
+    return RunPlan(folder, planned, device, limit, shutil.disk_usage(existing).free, trial, target)
 
 
 @contextmanager
@@ -135,6 +142,12 @@ class _StagePlanner:
         self._accepts = accepted_by(asked, {step.stage.name for step in to_run})
         self._to_come = sum(step.stage.workload is not None for step in to_run)
         self._took = list[float]()
+        self._written = {step.stage.name for step in steps}
+
+    def build_base(self, sft: Stage, inputs: StageInputs) -> None:
+        """Make the model of `model.build`, which `sft` makes first, if that stage is not planned."""
+        reading = importlib.import_module(str(sft.workload)).read(self._context(sft, inputs))
+        self._stand_in = reading.model
 
     def plan(self, step: Step, bar: Task | None) -> StagePlan:
         """Return what a stage will take; the bar counts the stages that have trials."""
@@ -160,7 +173,7 @@ class _StagePlanner:
         if step.manifest is not None or stage.workload is None:
             return StagePlan(stage.name, step.action, step.reason)
         progress(0.0, "reading data")
-        context = self._context(step)
+        context = self._context(stage, step.inputs)
         if self._target is None:  # else it is decided, and not for this machine
             context = decide_precision(context)
         reading: Reading | None = importlib.import_module(stage.workload).read(context)
@@ -184,6 +197,9 @@ class _StagePlanner:
             predicted = self._target.predict(section, recipe, extent, workload) if fits else None
             notes = self._target.notes(recipe, extent, workload)
             workload = replace(workload, notes=(*workload.notes, *notes))
+        if missing := self._missing(step):
+            note = f"not there yet, and taken to be as this recipe makes it: the output of {', '.join(missing)}"
+            workload = replace(workload, notes=(*workload.notes, note))
         if copied := host_copy(section, recipe, extent, workload.trained):
             note = f"the copy of a checkpoint takes up to {copied / 1e9:,.1f} GB of host memory on each machine"
             workload = replace(workload, notes=(*workload.notes, note))
@@ -206,6 +222,11 @@ class _StagePlanner:
             predicted=predicted,
             fits=fits,
         )
+
+    def _missing(self, step: Step) -> list[str]:
+        """Return the stages whose output is read, but is not there and not written by a stage of this plan."""
+        read = {given.upstream for given in step.inputs.by_name().values() if not Path(given.source).exists()}
+        return [f"`{name}`" for name in sorted(filter(None, read - self._written))]
 
     def _extent(self, reading: Reading, workload: Workload) -> Extent:
         extent = Extent(
@@ -242,14 +263,14 @@ class _StagePlanner:
         free_memory()
         return rates
 
-    def _context(self, step: Step) -> StageContext[Any, Any]:
-        name = step.stage.name
+    def _context(self, stage: Stage, inputs: StageInputs) -> StageContext[Any, Any]:
+        name = stage.name
         work = self._scratch / f".{name}.work"
         work.mkdir()
         return StageContext(
-            stage=step.stage,
+            stage=stage,
             settings=self._recipe.section(name),
-            inputs=self._inputs(step.inputs),
+            inputs=self._inputs(inputs),
             recipe=self._recipe,
             output=self._scratch / name,
             work=work,
