@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.cli.given_paths import is_given
+from rlhf_cli.cli.option_values import refused_number
 from rlhf_cli.distributed import peers
 from rlhf_cli.distributed.process_group import is_lost_peer
 from rlhf_cli.errors import (
@@ -90,9 +91,8 @@ def describe(error: BaseException) -> ErrorReport:
     message = getattr(error, "format_message", None)
     if message is not None:  # usage errors of typer
         command = getattr(getattr(error, "ctx", None), "command_path", "rlhf")
-        return ErrorReport(
-            UsageError.code, UsageError.exit_code, (_in_our_style(message()),), f"`{command} --help` lists its options"
-        )
+        said = refused_number(error) or _in_our_style(message())
+        return ErrorReport(UsageError.code, UsageError.exit_code, (said,), f"`{command} --help` lists its options")
     if (known := _environment_problem(error)) is not None:
         return _of_ours(known)
     return ErrorReport("bug", 1, ("this is a bug in rlhf",), "please report it with the traceback above", is_bug=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from rlhf_cli.durations import format_duration
 from rlhf_cli.pipeline.disk_space import format_bytes
-from rlhf_cli.pipeline.plan import RunPlan, StagePlan
 from rlhf_cli.pipeline.prediction import Took
+from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
 from rlhf_cli.stages.workload import Workload
 from rlhf_cli.statistics.wording import PRECISION
 
@@ -45,6 +45,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
             "peak_phase": memory.peak_phase,
             "phases": {phase: dict(roles) for phase, roles in memory.phases.items()},
         },
+        "fits": stage.fits,
         "disk_bytes": stage.disk,
         "seconds": None if stage.seconds is None else sum(stage.seconds.values()),
         "seconds_by_phase": stage.seconds,
@@ -113,7 +114,9 @@ def _rows(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield from _memory(stage, plan)
     if stage.disk:
         yield "disk", f"at most {format_bytes(stage.disk)}"
-    if stage.predicted is not None:
+    if not stage.fits:
+        yield "time", "none: it does not fit"
+    elif stage.predicted is not None:
         yield "time", f"predicted {_predicted(stage.predicted, 1)}"
         if steps := stage.workload.steps:
             yield "step", f"predicted {_predicted(step_phases(stage), steps)}"
@@ -161,7 +164,7 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
         shown += (
             f"; and {format_bytes(pages)} of weights that are idle in this phase: {', '.join(sorted(memory.mapped))}"
         )
-    fits = "" if memory.total <= plan.memory_limit else f"; does not fit {format_bytes(plan.memory_limit)}"
+    fits = "" if stage.fits else f"; does not fit {format_bytes(plan.memory_limit)}"
     yield "memory", f"{format_bytes(memory.total)}{fits}; most in `{phase}`: {shown}"
     others = ", ".join(
         f"{name} {format_bytes(memory.of(name))}" for name in memory.phases if name != phase and memory.of(name)
@@ -185,12 +188,31 @@ def _summary(plan: RunPlan) -> Iterator[str]:
     yield f"disk: at most {format_bytes(disk)}; {format_bytes(plan.disk_free)} are free in {plan.run_dir.parent}"
     if plan.target is not None:
         yield f"machines: {plan.target.cluster}; predictions from data sheets, nothing is measured"
-    if plan.seconds is None:
+    yield from _time(plan)
+
+
+def _time(plan: RunPlan) -> Iterator[str]:
+    """Yield which stages do not fit, and the time of all stages together."""
+    for stage in plan.too_large:
+        yield f"does not fit: `{stage.name}`, in {_too_large(stage, plan.memory_limit)}"
+    unknown = [f"`{stage.name}`" for stage in plan.stages if stage.workload is not None and stage.seconds is None]
+    without = f"; without {' and '.join(unknown)}" if unknown else ""
+    if plan.too_large:
+        yield "time: no total, because not all stages fit"
+    elif plan.seconds is None:
         yield "time: not measured (--no-trial)" if plan.target is None else "time: the speed of this GPU is not known"
     elif plan.target is not None:
-        yield f"time: predicted {_about(plan.seconds)}"
+        yield f"time: predicted {_about(plan.seconds)}{without}"
     elif plan.seconds:
-        yield f"time: {_about(plan.seconds)}, from a trial on this machine"
+        yield f"time: {_about(plan.seconds)}, from a trial on this machine{without}"
+
+
+def _too_large(stage: StagePlan, limit: int) -> str:
+    """Return the phases of a stage that exceed the limit; the peak may be over several (`MemoryNeed.total`)."""
+    memory = stage.memory
+    assert memory is not None
+    phases = [phase for phase in memory.phases if memory.of(phase) > limit] or [memory.peak_phase]
+    return ", ".join(f"`{phase}`" for phase in phases)
 
 
 def _about(seconds: float) -> str:

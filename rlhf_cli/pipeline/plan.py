@@ -14,9 +14,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,24 @@ from rlhf_cli.distributed.signals import SignalStop
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
 from rlhf_cli.models.model_shape import FLOAT32
-from rlhf_cli.models.resources import CPU_PROCESS, Extent, MemoryNeed
+from rlhf_cli.models.resources import CPU_PROCESS, Extent
 from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.plan_advice import Advice, accepted_by, advise
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.planner import Planner, Step
-from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
 from rlhf_cli.pipeline.runner import check_steps, limit_threads, not_cached
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.progress import Task, task
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.base import Stage, StageContext
 from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.registry import stages
 from rlhf_cli.stages.sharding import SHARDED_STAGES, check_several
 from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Reading, Workload
@@ -54,76 +55,6 @@ TRIAL_SECONDS = 10.0
 """Seconds that the trials of all stages take together, without loading models; up to twice that for large ones."""
 _SAMPLING_INPUTS = ("sft", "ppo")
 """Stages that write language models like the one they start from."""
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What a stage will take.
-
-    Attributes:
-        name: of the stage.
-        action: "run", "resume" or "cached"; the others are empty then.
-        reason: of the action.
-        workload: with completions at their maximum; None where it is not known.
-        expected: with completions at the mean that the trial found; None without.
-        precision: of matrix products.
-        memory: by phase and role; None where it is not known.
-        disk: upper bound of the bytes that it writes.
-        rates: what the trial measured; None without.
-        sizes: derived sizes, as in `recipe show`.
-        advice: what to change if it does not fit the memory.
-        predicted: what each phase takes on other machines; None for this one, or where their speed is not known.
-    """
-
-    name: str
-    action: str
-    reason: str
-    workload: Workload | None = None
-    expected: Workload | None = None
-    precision: str = ""
-    memory: MemoryNeed | None = None
-    disk: int = 0
-    rates: Rates | None = None
-    sizes: dict[str, int | str] = field(default_factory=dict)
-    advice: tuple[Advice, ...] = ()
-    predicted: Mapping[str, Took] | None = None
-
-    @property
-    def seconds(self) -> dict[str, float] | None:
-        """Seconds of each phase, measured or predicted; None without either."""
-        if self.predicted is not None:
-            return {phase: took.total for phase, took in self.predicted.items()}
-        workload = self.expected or self.workload
-        return None if self.rates is None or workload is None else self.rates.seconds(workload)
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What a run will take.
-
-    Attributes:
-        run_dir: the run directory.
-        stages: in order.
-        device: "cpu", "cuda" or another.
-        memory_limit: bytes of memory of the device.
-        disk_free: bytes.
-        trial: whether times were measured.
-        target: the machines that are planned for; None for this one.
-    """
-
-    run_dir: Path
-    stages: list[StagePlan]
-    device: str
-    memory_limit: int
-    disk_free: int
-    trial: bool
-    target: Target | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of all stages together; None where they are neither measured nor predicted."""
-        known = [sum(stage.seconds.values()) for stage in self.stages if stage.seconds is not None]
-        return sum(known) if self.trial or known else None
 
 
 def plan_run(
@@ -155,7 +86,10 @@ def plan_run(
             target.check(recipe, names)
         check_steps(here, steps)
 
-    planner = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection)
+    run, chosen = RunDirectory(folder), select(recipe, selection)
+    present = [stage for stage in stages() if recipe.section(stage.name) is not None]
+    earlier = present[: present.index(chosen[0])]
+    planner = Planner(recipe, run, chosen, selection, assumed=[stage.name for stage in earlier])
     with loaded.locating(), working("checking the recipe, its models and its data ..."):
         steps = planner.plan(check)
     from rlhf_cli.models.device import resolve_device
@@ -167,10 +101,13 @@ def plan_run(
         seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
         stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe, steps)
         with _shown(len(trained), trial=trial) as bar:
-            stages = [stage_planner.plan(step, bar) for step in steps]
+            for stage in earlier:
+                if stage.name == "sft" and here.model.build is not None and not run.artifact(stage.name).is_dir():
+                    stage_planner.build_base(stage, planner.inputs(stage))
+            planned = [stage_planner.plan(step, bar) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     device = device if target is None else "cuda"
-    return RunPlan(folder, stages, device, limit, shutil.disk_usage(existing).free, trial, target)
+    return RunPlan(folder, planned, device, limit, shutil.disk_usage(existing).free, trial, target)
 
 
 @contextmanager
@@ -205,6 +142,12 @@ class _StagePlanner:
         self._accepts = accepted_by(asked, {step.stage.name for step in to_run})
         self._to_come = sum(step.stage.workload is not None for step in to_run)
         self._took = list[float]()
+        self._written = {step.stage.name for step in steps}
+
+    def build_base(self, sft: Stage, inputs: StageInputs) -> None:
+        """Make the model of `model.build`, which `sft` makes first, if that stage is not planned."""
+        reading = importlib.import_module(str(sft.workload)).read(self._context(sft, inputs))
+        self._stand_in = reading.model
 
     def plan(self, step: Step, bar: Task | None) -> StagePlan:
         """Return what a stage will take; the bar counts the stages that have trials."""
@@ -230,7 +173,7 @@ class _StagePlanner:
         if step.manifest is not None or stage.workload is None:
             return StagePlan(stage.name, step.action, step.reason)
         progress(0.0, "reading data")
-        context = self._context(step)
+        context = self._context(stage, step.inputs)
         if self._target is None:  # else it is decided, and not for this machine
             context = decide_precision(context)
         reading: Reading | None = importlib.import_module(stage.workload).read(context)
@@ -249,17 +192,20 @@ class _StagePlanner:
                 extent = replace(extent, process=rates.process)
                 memory = stage.memory(section, recipe, extent)
         expected = None if rates is None or rates.mean is None else reading.at(rates.mean)
-        predicted = None
+        predicted, fits = None, memory is None or memory.total <= self._limit
         if self._target is not None and memory is not None:
-            predicted = self._target.predict(section, recipe, extent, workload)
+            predicted = self._target.predict(section, recipe, extent, workload) if fits else None
             notes = self._target.notes(recipe, extent, workload)
             workload = replace(workload, notes=(*workload.notes, *notes))
+        if missing := self._missing(step):
+            note = f"not there yet, and taken to be as this recipe makes it: the output of {', '.join(missing)}"
+            workload = replace(workload, notes=(*workload.notes, note))
         if copied := host_copy(section, recipe, extent, workload.trained):
             note = f"the copy of a checkpoint takes up to {copied / 1e9:,.1f} GB of host memory on each machine"
             workload = replace(workload, notes=(*workload.notes, note))
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
         advice: Sequence[Advice] = ()
-        if memory is not None and memory.total > self._limit:
+        if not fits:
             advice = advise(stage, section, recipe, extent, self._limit, self._accepts)
         return StagePlan(
             name=stage.name,
@@ -274,7 +220,13 @@ class _StagePlanner:
             sizes=dict(stage.sizes(section, self._recipe)),
             advice=tuple(advice),
             predicted=predicted,
+            fits=fits,
         )
+
+    def _missing(self, step: Step) -> list[str]:
+        """Return the stages whose output is read, but is not there and not written by a stage of this plan."""
+        read = {given.upstream for given in step.inputs.by_name().values() if not Path(given.source).exists()}
+        return [f"`{name}`" for name in sorted(filter(None, read - self._written))]
 
     def _extent(self, reading: Reading, workload: Workload) -> Extent:
         extent = Extent(
@@ -311,14 +263,14 @@ class _StagePlanner:
         free_memory()
         return rates
 
-    def _context(self, step: Step) -> StageContext[Any, Any]:
-        name = step.stage.name
+    def _context(self, stage: Stage, inputs: StageInputs) -> StageContext[Any, Any]:
+        name = stage.name
         work = self._scratch / f".{name}.work"
         work.mkdir()
         return StageContext(
-            stage=step.stage,
+            stage=stage,
             settings=self._recipe.section(name),
-            inputs=self._inputs(step.inputs),
+            inputs=self._inputs(inputs),
             recipe=self._recipe,
             output=self._scratch / name,
             work=work,

@@ -57,7 +57,7 @@ class RunArtifacts:
 
     Attributes:
         run: run directory with the finished artifacts.
-        planned: names of stages whose artifacts will be written before they are read.
+        planned: names of stages whose artifacts will be written before they are read, or are assumed to be.
     """
 
     run: RunDirectory
@@ -89,15 +89,23 @@ class Planner:
         run: the run directory.
         chosen: selected stages, in order.
         selection: what the command line selects.
+        assumed: names of further stages whose artifacts are taken to be there, for a plan that is not carried out.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, chosen: list[Stage], selection: Selection) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        chosen: list[Stage],
+        selection: Selection,
+        assumed: Iterable[str] = (),
+    ) -> None:
         self._recipe = recipe
         self._run = run
         self._chosen = chosen
         self._force, self._names_stages = selection.force, selection.names_stages
         self._keeps_finished = selection.keeps_finished
-        self._artifacts = RunArtifacts(run, frozenset(stage.name for stage in chosen))
+        self._artifacts = RunArtifacts(run, frozenset([*assumed, *(stage.name for stage in chosen)]))
         self._digests = Digests(run)
 
     def plan(self, check: Callable[[Sequence[Step]], object]) -> list[Step]:
@@ -114,7 +122,7 @@ class Planner:
             DataError: an artifact that a stage reads is damaged.
             ChangedInputsError: an unfinished stage was started with other settings or inputs.
         """
-        inputs = {stage.name: self._inputs(stage) for stage in self._chosen}
+        inputs = {stage.name: self.inputs(stage) for stage in self._chosen}
         check_models(given for record in inputs.values() for given in record.by_name().values() if given.matters)
         self._check_artifacts_read(inputs.values())
         steps: list[Step] = []
@@ -151,7 +159,8 @@ class Planner:
         _raise_refusal(step)
         return step
 
-    def _inputs(self, stage: Stage) -> StageInputs:
+    def inputs(self, stage: Stage) -> StageInputs:
+        """Return the inputs of a stage; raises `UsageError` if one is missing."""
         finder = InputFinder(stage.name, self._recipe, self._artifacts)
         return stage.inputs(self._recipe.section(stage.name), self._recipe, finder)
 
@@ -311,7 +320,7 @@ class Planner:
         """Say which stages run if one is forced: those that would run before it, and those that read it."""
         running = {*pending, forced.name}
         for stage in self._chosen[self._chosen.index(forced) + 1 :]:
-            read = {given.upstream for given in self._inputs(stage).by_name().values()}
+            read = {given.upstream for given in self.inputs(stage).by_name().values()}
             if read & running or self._finished_identity(stage) is None:
                 running.add(stage.name)
         names = [stage.name for stage in self._chosen if stage.name in running]

@@ -26,7 +26,7 @@ class Override:
 
 def override(setting: str, value: Any, origin: str) -> Override:
     """Return an override with a value that is not parsed: a path may look like a number."""
-    return Override(_split(setting), Document(value), origin)
+    return Override(key_path_of(setting), Document(value), origin)
 
 
 def parse_set(text: str) -> Override:
@@ -37,7 +37,7 @@ def parse_set(text: str) -> Override:
     if not equals or not name or any(not part for part in name.split(".")):
         raise BadSetting(f"{origin}: expected SETTING=VALUE, such as ppo.learning_rate=1e-6")
     try:
-        return Override(_split(name), parse(value), origin)
+        return Override(key_path_of(name), parse(value), origin)
     except InvalidYAML as error:
         raise BadSetting(f"{origin}: {error.problem}") from None
 
@@ -136,5 +136,6 @@ class Layers:
             here[key_path[-1]] = {}
 
 
-def _split(name: str) -> KeyPath:
+def key_path_of(name: str) -> KeyPath:
+    """Return the key path of a setting as written in `--set`, such as `ppo.rewards.0.weight`."""
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))

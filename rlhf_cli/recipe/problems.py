@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from rlhf_cli.recipe.document import KeyPath
 from rlhf_cli.recipe.fields import dotted, field_at, section_at, suggestion
-from rlhf_cli.recipe.overrides import Layers
+from rlhf_cli.recipe.overrides import Layers, key_path_of
 
 
 def explain(error: ValidationError, layers: Layers) -> list[str]:
@@ -19,11 +19,25 @@ def explain(error: ValidationError, layers: Layers) -> list[str]:
     seen: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         seen.setdefault(_key_path(detail["loc"]), []).append(detail)
-    for key_path, details in sorted(seen.items(), key=lambda item: _order(layers.origin(item[0]))):
-        for text in _texts(key_path, details, layers):
-            origin = layers.origin(key_path)
-            found[text if origin is None else f"{origin}: {text}"] = None
+    texts = [(key_path, text) for key_path, details in seen.items() for text in _texts(key_path, details, layers)]
+    problems = [(_origin(key_path, text, layers), text) for key_path, text in texts]
+    for origin, text in sorted(problems, key=lambda problem: _order(problem[0])):
+        found[text if origin is None else f"{origin}: {text}"] = None
     return list(found)
+
+
+def _origin(key_path: KeyPath, text: str, layers: Layers) -> str | None:
+    """Return where a problem comes from: the option of the first setting named in it that the command line gives.
+
+    A contradiction of two settings is a problem of their section, which may be a line of the file.
+    """
+    for name in re.findall(r"`([\w.]+)(?:: [^`]*)?`", text):
+        keys = key_path_of(name)
+        for named in ((*key_path, *keys), keys if len(keys) > 1 else key_path):
+            origin = layers.origins.get(named, "")
+            if named != key_path and origin.startswith("--") and field_at(named) is not None:
+                return origin
+    return layers.origin(key_path)
 
 
 def _order(origin: str | None) -> tuple[int, int]:
@@ -47,12 +61,27 @@ def _is_mapping(key_path: KeyPath) -> bool:
 
 
 def _texts(key_path: KeyPath, details: list[Any], layers: Layers) -> Iterator[str]:
-    kinds = {detail["type"] for detail in details}
-    if len(details) > 1 and kinds <= {"string_type", "list_type"}:  # the only such union in the schema
-        yield f"{_name(key_path)} must be text or a list of text; got {_shown(key_path, details[0]['input'], layers)}"
+    if len(details) > 1 and all(len(detail["loc"]) > len(key_path) for detail in details):  # one per type of a union
+        members = dict.fromkeys(_of_member(key_path, detail) for detail in details)
+        got = _shown(key_path, _value_at(key_path, layers.data), layers)
+        yield f"{_name(key_path)} must be {' or '.join(members)}; got {got}"
         return
     for detail in details:
         yield _text(key_path, detail, layers)
+
+
+def _of_member(key_path: KeyPath, detail: Any) -> str:
+    """Return what one type of a union expects; pydantic puts the name of the type behind the key path."""
+    member = str(detail["loc"][len(key_path)])
+    if member.startswith("list["):
+        return f"a list of {_TYPES[f'{member[5:-1]}_type']}"
+    return expected(detail["type"], detail.get("ctx", {}))
+
+
+def _value_at(key_path: KeyPath, data: Any) -> Any:
+    for key in key_path:
+        data = data[key]
+    return data
 
 
 def _text(key_path: KeyPath, detail: Any, layers: Layers) -> str:
@@ -65,13 +94,10 @@ def _text(key_path: KeyPath, detail: Any, layers: Layers) -> str:
         reason = str(context.get("error", detail["msg"]))
         return reason if not key_path else f"{name}: {reason}"
     got = _shown(key_path, detail["input"], layers)
-    if kind == "literal_error":
-        choices = str(context["expected"]).replace("'", "`")
-        return f"{name} must be {choices}; got {got}"
     if kind == "string_type":
         quoted = " (quote it to make it text)" if _scalar(detail["input"]) else ""
         return f"{name} must be text; got {got}{quoted}"
-    return f"{name} must be {_expected(kind, context)}; got {got}"
+    return f"{name} must be {expected(kind, context)}; got {got}"
 
 
 _BOUNDS = {
@@ -86,6 +112,8 @@ _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "str_type": "text",
+    "string_type": "text",
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping of names",
@@ -94,9 +122,12 @@ _TYPES = {
 }
 
 
-def _expected(kind: str, context: dict[str, Any]) -> str:
+def expected(kind: str, context: Mapping[str, Any]) -> str:
+    """Return what a value must be, for a kind of error of pydantic and its context."""
     if kind in _BOUNDS:
         return _BOUNDS[kind].format(**{key: _number(value) for key, value in context.items()})
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "`")
     return _TYPES.get(kind, kind.replace("_", " "))
 
 

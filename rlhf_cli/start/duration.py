@@ -15,7 +15,7 @@ from rlhf_cli.start.draft import Draft
 from rlhf_cli.start.measuring import obstacle, reason_of
 
 if TYPE_CHECKING:
-    from rlhf_cli.pipeline.plan import RunPlan
+    from rlhf_cli.pipeline.run_plan import RunPlan
 
 _SHORT = 5.0
 """Seconds of a stage that is not worth naming."""
@@ -52,6 +52,8 @@ def _shorter_run(plan: RunPlan, draft: Draft, path: Path) -> str | None:
     """Settings of a shorter first run and the time that it takes; None if this one is short or cannot be shortened."""
     from rlhf_cli.pipeline.plan import plan_run
 
+    if plan.too_large:
+        return None
     seconds, recipe = _seconds(plan), load_recipe(path).recipe
     whole = sum(seconds.values())
     lower = {name: least for name, least in _FIRST_RUN.items() if (recipe.value(name) or 0) > least}
@@ -81,6 +83,10 @@ def _seconds(plan: RunPlan) -> dict[str, float]:
 
 def _time_line(plan: RunPlan, draft: Draft, command: str) -> str:
     """How long a run takes, by stage, in a line."""
+    if plan.too_large:
+        stages = " and ".join(f"`{stage.name}`" for stage in plan.too_large)
+        plural = "do" if len(plan.too_large) > 1 else "does"
+        return f"{stages} {plural} not fit the memory of this machine: {command} names settings to change"
     known = _seconds(plan)
     unknown = [stage.name for stage in plan.stages if stage.seconds is None and stage.action != "cached"]
     if not known:

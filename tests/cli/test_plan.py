@@ -126,6 +126,23 @@ def test_the_command_says_what_does_not_fit_and_what_to_change(small: Path, rlhf
     assert any(change.startswith("train_rm.micro_batch_size=") for change in changes)
 
 
+def test_a_stage_that_does_not_fit_leaves_no_total_time(small: Path, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_cli.pipeline.plan.machine_memory", lambda device: LIMIT)
+    found = plan_run(load_recipe(small, []), small.parent / "run", Selection())
+    assert [stage.name for stage in found.too_large] == ["train-rm", "ppo"]
+    rates = Rates(load=1, train=1, forward=1, per_weight=0, per_byte=0)
+    tried = dataclasses.replace(found, stages=[dataclasses.replace(stage, rates=rates) for stage in found.stages])
+    assert tried.seconds is None
+    assert [stage.seconds for stage in tried.stages] == [None, None]
+    fitting = dataclasses.replace(tried, stages=[dataclasses.replace(stage, fits=True) for stage in tried.stages])
+    assert fitting.seconds
+    show_plan(tried)
+    *_, first, second, time = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("does not fit: `train-rm`, in `")
+    assert second.startswith("does not fit: `ppo`, in `")
+    assert time == "time: no total, because not all stages fit"
+
+
 def test_more_rankings_than_are_checked_are_scored_again_to_normalize(tiny_bert: Path, small: Path):
     """An encoder cannot complete prompts: rewards are normalized over ranked completions, which may be other ones."""
     completions = (" Because it is warm.", " No.")

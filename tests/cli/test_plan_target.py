@@ -12,9 +12,10 @@ from rlhf_cli.cli.app import app
 from rlhf_cli.cli.plan_report import plan_json, show_plan
 from rlhf_cli.models.gpus import Cluster
 from rlhf_cli.models.model_sizes import SIZES
-from rlhf_cli.pipeline.plan import RunPlan, plan_run
+from rlhf_cli.pipeline.plan import plan_run
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import COMPUTE
+from rlhf_cli.pipeline.run_plan import RunPlan
 from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.stages.sharding import check_sharding
@@ -46,7 +47,7 @@ def planned(
 
 def test_the_command_plans_for_gpus_that_this_machine_lacks(small: Path, monkeypatch):
     monkeypatch.chdir(small.parent)
-    options = ["--gpu", "h100", "--gpus", "16", "--size", "8b", "--set", "ppo.adapter=none"]
+    options = ["--gpu", "h100", "--gpus", "16", "--size", "8b"]
     done = CliRunner().invoke(app, ["plan", str(small), *options])
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
@@ -55,9 +56,36 @@ def test_the_command_plans_for_gpus_that_this_machine_lacks(small: Path, monkeyp
     assert "step predicted about" in said
     assert "(memory bandwidth)" in said
     assert "a GPU has 80.0 GB" in said
-    assert "does not fit 80.0 GB" in said
-    assert "--set ppo.adapter=lora" in said
+    assert "time: predicted about" in said
+    assert "not fit" not in said
     assert not (small.parent / "runs").exists()
+
+
+def test_a_run_of_which_a_stage_does_not_fit_has_no_time(small: Path, capsys):
+    """Those that fit keep their times; the last lines name the others, with the phases that are too large."""
+    found = planned(small, "generation={engine: torch}", "ppo.adapter=none", "ppo.critic_from=policy", size="8b")
+    assert [stage.name for stage in found.too_large] == ["ppo"]
+    rewards, ppo = found.stages
+    assert found.seconds is ppo.seconds is ppo.predicted is None
+    assert rewards.seconds
+    plain = plan_json(found)
+    assert plain["seconds"] is plain["stages"][1]["seconds"] is None
+    assert [stage["fits"] for stage in plain["stages"]] == [True, False]
+    show_plan(found)
+    said = capsys.readouterr().out
+    assert said.strip().splitlines()[-2:] == [
+        "does not fit: `ppo`, in `load`, `rollout`, `passes`, `update`",
+        "time: no total, because not all stages fit",
+    ]
+    assert said.count("predicted about") == 1, "of train-rm"
+
+
+def test_a_total_says_of_which_stages_it_lacks_the_time(small: Path, capsys):
+    served = ("generation={vllm_server: http://localhost:8000}", "model.sharding=fsdp")
+    found = planned(small, *served, size="1b", count=8)
+    assert [stage.seconds is None for stage in found.stages] == [False, True], "the GPUs of the server are not known"
+    show_plan(found)
+    assert capsys.readouterr().out.strip().endswith("; without `ppo`")
 
 
 def test_json_has_the_seconds_of_each_phase(small: Path):
@@ -81,10 +109,12 @@ def test_a_size_takes_the_place_of_the_model(small: Path):
     assert ppo.memory is not None
     assert ppo.memory.phases["update"]["optimizer"] == 2 * 8 * shape.weights, "of policy and critic"
     assert ppo.memory.phases["rollout"]["vLLM"] == int(0.6 * 80e9)
-    assert ppo.predicted is not None
-    assert ppo.workload is not None
-    trained = sum(work.flops for work in ppo.workload.work if work.phase == "update")
-    assert ppo.predicted["update"].compute == pytest.approx(trained / (989e12 * COMPUTE))
+    rewards = stages["train-rm"]
+    assert rewards.predicted is not None
+    assert rewards.workload is not None
+    trained = sum(work.flops for work in rewards.workload.work if work.phase == "update")
+    assert trained > 4 * shape.backbone * rewards.workload.tokens("train"), "under an adapter"
+    assert rewards.predicted["update"].compute == pytest.approx(trained / (989e12 * COMPUTE))
 
 
 def test_more_gpus_divide_the_work(small: Path):
@@ -149,7 +179,8 @@ def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsy
     show_plan(found)
     said = " ".join(capsys.readouterr().out.split())
     assert "does not fit 24.0 GB" in said
-    assert "time: the speed of this GPU is not known" in said
+    show_plan(planned(small, gpu="24"))
+    assert "time: the speed of this GPU is not known" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
 
 import pytest
 
 from rlhf_cli.errors import RecipeError
-from rlhf_cli.recipe.fields import RENAMED, field_at
+from rlhf_cli.recipe.fields import RENAMED, dotted, field_at, walk
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import OUR_ATTENTION, THEIR_ATTENTION, ModelSettings
@@ -203,6 +206,44 @@ def test_invalid_settings(tmp_path, text, problem):
     assert problem in found
 
 
+def unions() -> list[str]:
+    """Return all settings that take values of several types; null is not one."""
+    found = []
+    for setting in walk():
+        members = get_args(setting.field.annotation)
+        is_union = get_origin(setting.field.annotation) in (Union, UnionType)
+        if is_union and len([one for one in members if one is not NoneType]) > 1:
+            found.append(dotted(setting.key_path))
+    return found
+
+
+@pytest.mark.parametrize("name", unions())
+@pytest.mark.parametrize("value", ["node", "-3", "1.5", "true", "{a: 1}", "[1, [2]]", '""'])
+def test_a_setting_of_several_types_has_one_problem_that_names_them_all(name, value):
+    required = {"sft": "sft.data=d", "data": "data.comparison.completions=[a, b]"}
+    before = [required[part] for part in name.split(".") if part in required]
+    try:
+        load_recipe(None, [*before, f"{name}={value}"])
+    except RecipeError as error:
+        (problem,) = error.problems
+        assert problem.startswith(f"--set {name}={value}: `{name}` must be ")
+        assert re.search(r" or (`\w+`|a list of \w+); got ", problem), problem
+    else:
+        assert value in ("node", "1.5", '""'), "other values are of no type that any of them takes"
+
+
+def test_the_types_of_a_setting_are_named_in_words():
+    assert {"model.sharding_size", "ppo.reward_scale", "ppo.lora.target_modules", "data.comparison.verdict"} <= set(
+        unions()
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, ["model.sharding_size=node", "ppo.reward_scale=0"])
+    assert caught.value.problems == [
+        '--set model.sharding_size=node: `model.sharding_size` must be a whole number or `machine`; got "node"',
+        "--set ppo.reward_scale=0: `ppo.reward_scale` must be greater than 0 or `running`; got 0",
+    ]
+
+
 def test_attention_names_match_the_registry():
     from rlhf_cli.attention import registry
 
@@ -268,6 +309,35 @@ def test_an_invalid_set_is_quoted(tmp_path, setting, problem):
     (found,) = problems(tmp_path, "name: x\nppo:\n  rewards: [{function: f}]\n", setting)
     assert found.startswith(f"--set {setting}: ")
     assert problem in found
+
+
+CONTRADICTIONS = "name: x\nmodel:\n  path: m\n  sharding: fsdp\nppo:\n  rewards: [{function: f}]\nlabel:\n  by: judge\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "blamed", "problem"),
+    [
+        (["model.sharding=none", "model.sharding_size=2"], 1, "`sharding_size` has no effect without `sharding: fsdp`"),
+        (["model.quantize=4bit"], 0, "`sharding: fsdp` does not support `quantize: 4bit`"),
+        (["model={path: m, sharding_size: 2}"], 0, "`sharding_size` has no effect without `sharding: fsdp`"),
+        (["ppo.kl_coef=0", "ppo.kl_target=6"], 1, "`kl_target` has no effect with `kl_coef: 0`"),
+        (["ppo.steps=3", "ppo.eval_prompts=3"], 1, "`eval_prompts` has no effect without `eval_steps`"),
+        (["ppo.lora.dropout=0.1"], 0, "`lora.dropout` must be 0"),
+        (["ppo.rewards.0.url=https://host/score"], 0, "expected exactly one of `function`, `model` and `url`"),
+        (["generation.engine=torch", "generation.vllm_server=http://host:1"], 1, "`vllm_server` has no effect with"),
+        (["data.comparison.completions=[a, b]", "data.comparison.verdict=[]"], 1, "several columns in `verdict`"),
+    ],
+)
+def test_a_contradiction_names_the_option_that_causes_it(tmp_path, settings, blamed, problem):
+    """Two settings contradict each other: the line of their section is not to blame for what an option says."""
+    found = [one for one in problems(tmp_path, CONTRADICTIONS, *settings) if problem in one]
+    assert len(found) == 1
+    assert found[0].startswith(f"--set {settings[blamed]}: ")
+
+
+def test_a_contradiction_of_a_file_has_its_line(tmp_path):
+    (found,) = problems(tmp_path, "model:\n  path: m\nppo:\n  eval_prompts: 3\n", "ppo.steps=3")
+    assert found.startswith("r.yaml:3: ")
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.pipeline import plan
-from rlhf_cli.pipeline.plan import RunPlan, StagePlan
+from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
 from rlhf_cli.stages.trial import Rates
 from rlhf_cli.stages.workload import Workload
 from rlhf_cli.start.duration import about, say_how_long
@@ -72,6 +72,18 @@ def test_a_long_run_is_offered_with_settings_that_shorten_it(draft, tmp_path, ca
     monkeypatch.setattr(plan, "plan_run", lambda *_: RunPlan(tmp_path, [stage("ppo", 600)], "cpu", 1, 1, True))
     say_how_long(made, path)
     assert "shorter" not in said(capsys), "the run is short"
+
+
+def test_a_run_that_does_not_fit_has_no_time(draft, tmp_path, capsys, monkeypatch):
+    stages = [stage("sft", 9000), replace(stage("ppo", 7300), fits=False), replace(stage("evaluate", 1), fits=False)]
+    monkeypatch.setattr(plan, "plan_run", lambda *_, **__: RunPlan(tmp_path, stages, "cpu", 1, 1, True))
+    made, path = draft(), tmp_path / "mine.yaml"
+    write_recipe(made, path, "rlhf start")
+    said(capsys)
+    say_how_long(made, path)
+    assert said(capsys).endswith(
+        f"`ppo` and `evaluate` do not fit the memory of this machine: `rlhf plan {path}` names settings to change"
+    )
 
 
 def test_a_trial_that_fails_or_is_skipped_recommends_the_plan(draft, tmp_path, capsys, monkeypatch):
