@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 _READ_AS = {"int_parsing": "int_type", "int_from_float": "int_type", "float_parsing": "float_type"}
-"""What pydantic says of text that is no number -> what it says of a value of a recipe."""
+"""What pydantic says of text that is not a number -> what it says of a value of a recipe."""
 _KINDS = {
     "int_type",
     "float_type",
