@@ -6,14 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.quoting import word
 from rlhf_cli.recipe.overrides import BadSetting, Layers, parse_set
 from rlhf_cli.recipe.show import scalar
+from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.start.data_facts import DemonstrationFacts, PromptFacts
 from rlhf_cli.start.label_choice import LabelChoice
 from rlhf_cli.start.lengths import GUESS, LIMITS, Lengths
@@ -31,6 +36,8 @@ _WIDTH = 79
 """A comment stands behind its line where both fit into this, else above it."""
 TEMPERATURE = 0.7
 """Of sampling in all stages."""
+LIMIT = "sampling.max_new_tokens"
+"""Setting that limits completions in all stages."""
 _STAGE_LIMITS = ("label.sampling.max_new_tokens", "ppo.max_new_tokens", "evaluate.sampling.max_new_tokens")
 """Limits of single stages, which `--set` may give."""
 _ABOUT_SETTINGS = ("label", "train_rm", "ppo")
@@ -75,29 +82,30 @@ class Draft:
     @property
     def given_limit(self) -> int | None:
         """The limit of completions that `--set` gives; None where it is chosen."""
-        given = self._given("sampling.max_new_tokens")
-        if given is None or isinstance(given, int):
-            return given
+        given = self._limits
+        if LIMIT not in given:
+            return None
         trained = () if self.model.contract is None else (self.model.contract.sampling,)
-        return Sampling.resolve(*trained).max_new_tokens
+        return Sampling.resolve(SamplingSettings(max_new_tokens=given[LIMIT]), *trained).max_new_tokens
 
     @property
     def stage_limits(self) -> dict[str, int]:
         """The limits that `--set` gives for single stages, by setting."""
-        return {name: limit for name in _STAGE_LIMITS if isinstance(limit := self._given(name), int)}
+        return {name: limit for name, limit in self._limits.items() if name != LIMIT and limit is not None}
 
-    def _given(self, name: str) -> Any:
-        """The value that `--set` gives to a setting; "" for null, None where it gives none."""
-        layers = Layers()
+    @property
+    def _limits(self) -> dict[str, int | None]:
+        """The limits that `--set` gives, by setting, as the recipe reads them; what it refuses is reported there."""
+        layers, found = Layers(), {}
         for setting in self.settings:
-            with suppress(BadSetting):  # reported when the recipe is written
+            with suppress(BadSetting):
                 layers.add(parse_set(setting))
-        here: Any = layers.data
-        for key in name.split("."):
-            if not isinstance(here, dict) or key not in here:
-                return None
-            here = here[key]
-        return "" if here is None else here
+        for name in (LIMIT, *_STAGE_LIMITS):
+            if (keys := tuple(name.split("."))) in layers.origins:
+                value = reduce(getitem, keys, layers.data)
+                with suppress(ValidationError):
+                    found[name] = SamplingSettings(max_new_tokens=value).max_new_tokens
+        return found
 
     def max_new_tokens(self) -> int:
         """Longest completion: as it was set, or such that most of them end, as far as that is known."""

@@ -16,7 +16,7 @@ from rlhf_cli.progress import Task, task, warn
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.overrides import override
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.start.draft import TEMPERATURE, Draft
+from rlhf_cli.start.draft import LIMIT, TEMPERATURE, Draft
 from rlhf_cli.start.lengths import Lengths
 from rlhf_cli.start.model_facts import ModelFacts
 
@@ -32,7 +32,6 @@ _TIMED = 5
 """Tokens of each completion by which that is known."""
 _MEMORY = 0.5
 """Share of this machine's memory that weights in float32 may take to be loaded only for a measurement."""
-_SETTING = "sampling.max_new_tokens"
 
 
 def obstacle(model: ModelFacts) -> str | None:
@@ -83,7 +82,7 @@ def _say_what_is_cut_off(draft: Draft, found: Lengths) -> None:
     lines += [f"`{name}: {own:,}`; {found.cut_off(own)}" for name, own in draft.stage_limits.items()]
     for line in lines:
         console.print(f"  {line}", markup=False, style="green")
-    limits = ({} if draft.given_limit is None else {_SETTING: limit}) | draft.stage_limits
+    limits = ({} if draft.given_limit is None else {LIMIT: limit}) | draft.stage_limits
     if too_low := [f"`{name}`" for name, own in limits.items() if found.cuts_most(own)]:
         warn(
             "most completions would be cut off, and people or a reward model would judge only how they begin: raise "
@@ -100,7 +99,7 @@ def _say_what_is_cut_off(draft: Draft, found: Lengths) -> None:
 def _say_unmeasured(draft: Draft, reason: str) -> None:
     warn(
         f"completions are limited to {draft.max_new_tokens():,} tokens, and whether most of them end by then is not "
-        f"known: {reason}. If many are cut off, raise `{_SETTING}` in the recipe"
+        f"known: {reason}. If many are cut off, raise `{LIMIT}` in the recipe"
     )
 
 

@@ -102,7 +102,9 @@ def test_lengths_of_demonstrations_count_where_the_model_learns_them(draft, tmp_
     assert made.lengths.share_ended(made.max_new_tokens()) >= 0.75
 
 
-@pytest.mark.parametrize("setting", ["sampling.max_new_tokens=17", "sampling={max_new_tokens: 17}"])
+@pytest.mark.parametrize(
+    "setting", ["sampling.max_new_tokens=17", "sampling.max_new_tokens=1.7e1", "sampling={max_new_tokens: 17}"]
+)
 def test_a_limit_that_the_user_gave_stays_and_its_cost_is_said(draft, tmp_path, capsys, monkeypatch, setting):
     most = []
 
@@ -125,7 +127,7 @@ def test_a_limit_that_the_user_gave_stays_and_its_cost_is_said(draft, tmp_path, 
 def test_limits_of_single_stages_are_judged_too(draft, capsys, monkeypatch):
     ends = [20] * 9 + [200]
     monkeypatch.setattr("rlhf_cli.start.measuring.sample_lengths", lambda *_: Lengths(ends))
-    with_lengths(draft("ppo.max_new_tokens=10", "label.sampling.max_new_tokens=20"))
+    with_lengths(draft("ppo.max_new_tokens=1e1", "label.sampling={max_new_tokens: 20}"))
     text = said(capsys)
     assert "`ppo.max_new_tokens: 10`; 100% of 10 sampled completions are cut off" in text
     assert "`label.sampling.max_new_tokens: 20`; 10% of 10 sampled completions are cut off" in text
@@ -135,6 +137,8 @@ def test_limits_of_single_stages_are_judged_too(draft, capsys, monkeypatch):
 def test_a_limit_that_leaves_the_value_open_is_the_default(draft, monkeypatch):
     assert draft("sampling.max_new_tokens=null").max_new_tokens() == 128
     assert draft("sampling.temperature=1").given_limit is None
+    assert draft("sampling.max_new_tokens=true").given_limit is None, "the recipe refuses it"
+    assert draft("sampling.max_new_tokens=9", "sampling.max_new_tokens=null").max_new_tokens() == 128
 
 
 def test_a_model_that_does_not_end_is_told(draft, capsys, monkeypatch):
