@@ -29,7 +29,7 @@ class BackgroundLoading:
                     wait([future])
 
     def close(self) -> None:
-        """Load no more; what is being loaded cannot be stopped, so it is waited for."""
+        """Load no more. What is being loaded is waited for: torch aborts a process that ends while a thread runs it."""
         for _, future in self._parts:
             future.cancel()
         self.wait()

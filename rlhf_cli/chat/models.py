@@ -17,6 +17,9 @@ from rlhf_cli.generation.prompts import PromptStyle, prompt_style
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.device import resolve_device
 from rlhf_cli.models.loading import DTYPES, ModelSource, as_stored, load_config, load_tokenizer
+from rlhf_cli.models.peft_folder import find_peft_folder
+from rlhf_cli.models.reward_model.files import read_reward_config
+from rlhf_cli.models.weight_loading import base_of
 from rlhf_cli.pipeline.manifest import FILE_NAME, DamagedArtifact, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say
@@ -63,9 +66,9 @@ class ChatModels:
 
     @property
     def sources(self) -> list[ModelSource]:
-        """Where the weights of all models are."""
+        """Where the weights of all models are, and those of the bases of adapters."""
         own = [model.policy.source for model in self.models]
-        return own if self.reward is None else [*own, self.reward]
+        return [part for one in (*own, self.reward) if one is not None for part in _with_bases(one)]
 
     def load_reward_model(self) -> RewardModel | None:
         """Load the reward model."""
@@ -119,6 +122,15 @@ def find_models(
     if reward is not None and device is not None:
         reward = replace(reward, device=resolve_device(device))
     return ChatModels(models, reward, runs[0] if len(where) == 1 and runs else None)
+
+
+def _with_bases(source: ModelSource) -> list[ModelSource]:
+    """A model, and the base that it is an adapter on, and so on."""
+    config = read_reward_config(source.folder)
+    if config is not None and config.adapter:
+        return [source, *_with_bases(config.base_source(source))]
+    adapter = find_peft_folder(source.path, source.revision)
+    return [source] if adapter is None else [source, *_with_bases(base_of(adapter, source))]
 
 
 def _is_run(folder: Path) -> bool:

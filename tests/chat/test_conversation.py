@@ -239,6 +239,23 @@ def test_a_chat_that_ends_loads_no_more():
     assert loaded == ["base"], "it was being loaded"
 
 
+def test_bases_of_adapters_are_looked_for_before_the_first_line(tmp_path, tiny_llama, models):
+    policy, reward = tmp_path / "ppo", tmp_path / "train-rm"
+    policy.mkdir()
+    reward.mkdir()
+    (policy / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tiny_llama)})
+    )
+    fields = {"base_revision": None, "template": None, "mean": 0.0, "std": 1.0, "hidden_size": 8}
+    (reward / "reward.json").write_text(
+        json.dumps({"format": 1, "kind": "decoder", "adapter": True, "base": "../ppo", **fields})
+    )
+    source = models.models[0].policy.source
+    tuned = replace(models.models[0], policy=SimpleNamespace(source=source.at(str(policy))))
+    found = ChatModels((tuned,), reward=source.at(str(reward))).sources
+    assert [one.folder.resolve() for one in found] == [policy, tiny_llama, reward, policy, tiny_llama]
+
+
 def thread() -> str:
     return threading.current_thread().name
 
