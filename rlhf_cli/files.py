@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+from rlhf_cli.errors import DataError
 
 if sys.platform == "win32":
     import msvcrt
@@ -156,6 +158,15 @@ def write_whole(path: Path, content: bytes | str | Iterable[str]) -> None:
         rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading_artifact(path: Path) -> Iterator[None]:
+    """Raise `DataError` in place of what a reader raises for content that no stage writes."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error!r}", hint="recreate it with `rlhf run RECIPE`") from error
 
 
 def append(path: Path, content: bytes) -> None:

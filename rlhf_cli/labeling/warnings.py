@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from rlhf_cli.files import reading_artifact
 from rlhf_cli.plain_text import printable
 
 ALL_LABELS = "all labels"
@@ -66,10 +67,16 @@ def write_warnings(folder: Path, warnings: Sequence[LabelWarning]) -> None:
 
 
 def doubtful_warnings(folder: Path) -> list[LabelWarning]:
-    """The warnings of an artifact that put in doubt what is learned from its labels, or decided by them."""
-    rows: list[dict[str, str]] = []
-    if (path := folder / WARNINGS).is_file():
-        rows += json.loads(path.read_text(encoding="utf-8"))
-    if (path := folder / OF_JUDGES).is_file():
-        rows += json.loads(path.read_text(encoding="utf-8")).get("warnings", [])
-    return [LabelWarning(**row) for row in rows if row["kind"] in _DOUBTFUL]
+    """The warnings of an artifact that put in doubt what is learned from its labels, or decided by them.
+
+    Raises:
+        DataError: a file of them is damaged.
+    """
+    found: list[LabelWarning] = []
+    for path in (folder / WARNINGS, folder / OF_JUDGES):
+        if path.is_file():
+            with reading_artifact(path):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                rows = content if path.name == WARNINGS else content.get("warnings", [])
+                found += [LabelWarning(**{part.name: row[part.name] for part in fields(LabelWarning)}) for row in rows]
+    return [one for one in found if one.kind in _DOUBTFUL]

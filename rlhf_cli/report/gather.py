@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.files import reading_artifact
 from rlhf_cli.labeling.warnings import LabelWarning, doubtful_warnings
 from rlhf_cli.pipeline.manifest import FILE_NAME, DamagedArtifact, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
@@ -121,14 +122,24 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def _object(path: Path) -> Row | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading_artifact(path):
+        return _row(path.read_text(encoding="utf-8"))
 
 
 def _lines(path: Path) -> list[Row]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    with reading_artifact(path), path.open(encoding="utf-8") as file:
+        return [_row(line) for line in file if line.strip()]
+
+
+def _row(text: str) -> Row:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"it has {text[:20]!r} in the place of an object")
+    return found
 
 
 def _shown(rows: Sequence[Row]) -> Shown:

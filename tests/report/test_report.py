@@ -16,7 +16,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from typer.testing import CliRunner
 
 from rlhf_cli.cli.app import app
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.files import WrittenFiles, hash_file
 from rlhf_cli.pipeline.manifest import read_manifest
 from rlhf_cli.report import build, tables
@@ -276,6 +276,32 @@ def test_a_list_of_pictures_that_names_other_folders_removes_nothing_there(tmp_p
     for damaged in ("[1]", "{", '{"a.png": 1}'):
         (folder / "charts.json").write_text(damaged)
         assert WrittenFiles(folder / "charts.json").replace([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("label/warnings.json", "[{"),
+        ("label/warnings.json", '{"warnings": []}'),
+        ("label/warnings.json", '[{"kind": "order"}]'),
+        ("evaluate/judge.json", "[]"),
+        ("evaluate/evaluation.json", "[1]"),
+        ("evaluate/samples.jsonl", '{"prompt": 1}\n{"pro'),
+        ("ppo/metrics.jsonl", "1\n"),
+    ],
+)
+def test_a_damaged_file_is_named(runs, name, content):
+    run = runs.write()
+    (run / name).write_text(content)
+    with pytest.raises(DataError, match=f"{re.escape(str(run / name))} is damaged"):
+        read_run(run)
+
+
+def test_a_warning_of_a_later_version_may_say_more(runs):
+    run = runs.write()
+    rows = json.loads((run / "label/warnings.json").read_text())
+    (run / "label/warnings.json").write_text(json.dumps([row | {"level": 3} for row in rows]))
+    assert [one.kind for one in read_run(run).label_warnings["label"]] == ["order"]
 
 
 def test_without_matplotlib_there_are_no_pictures_and_it_is_said(runs, monkeypatch, capsys):
