@@ -1,6 +1,7 @@
 """The name of the key-value cache among the arguments and outputs of transformers' models.
 
 It is `cache` since transformers 5.24. Before, it was `past_key_values`, and `cache_params` in state-space models.
+Both are supported as long as pyproject.toml allows earlier versions; CONTRIBUTING.md says how both are tested.
 """
 
 from __future__ import annotations

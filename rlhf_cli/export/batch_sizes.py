@@ -1,7 +1,8 @@
 """Minibatches and micro-batches that an engine accepts, computed from the number of GPUs by the script that starts it.
 
-verl 0.9.1 divides a minibatch of completions among all GPUs, without a rest, and each part into micro-batches, without
-a rest. OpenRLHF 0.11.2 passes both sizes to DeepSpeed, which requires `minibatch = micro-batch x accumulation x GPUs`.
+verl 0.9.1 divides a minibatch of completions among all GPUs, without a remainder, and each part into micro-batches,
+also without one. OpenRLHF 0.11.2 passes both sizes to DeepSpeed, which requires `minibatch = micro-batch x accumulation
+x GPUs`.
 """
 
 from __future__ import annotations

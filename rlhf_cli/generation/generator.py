@@ -77,7 +77,7 @@ class Generator(Protocol):
 
         Args:
             policy: the model that writes, with its stop tokens and sampling settings.
-            requests: N requests, in any order; maybe none, where others share the work.
+            requests: N requests, in any order; possibly none, where others share the work.
             progress: called after every token of the batch, with what was drawn since the last call.
             stop: called after every token; may raise, and then the batch is lost.
 

@@ -19,8 +19,8 @@ FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
 _LOGITS_TILE = (2_048, 4_096)
 """Tokens and vocabulary entries of `generation.chunked_logprobs`."""
-_CACHE_BLOCK = 128
-"""Tokens by which `attention.slot_cache` grows."""
+CACHE_BLOCK = 128
+"""Tokens by which `attention.slot_cache` grows; repeated here, since that module imports torch."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class ModelShape:
 
     def cache(self, rows: int, tokens: int, number_bytes: int) -> int:
         """Bytes of keys and values of `rows` sequences of `tokens`, and of a layer's copy as they grow, in blocks."""
-        columns = -(-tokens // _CACHE_BLOCK) * _CACHE_BLOCK
+        columns = -(-tokens // CACHE_BLOCK) * CACHE_BLOCK
         return 2 * rows * columns * self.keys * number_bytes * (self.layers + 1)
 
     def sampling(self, rows: int) -> int:

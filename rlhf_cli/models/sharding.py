@@ -248,7 +248,7 @@ def equal_passes(model: nn.Module, own: Sequence[Part], filler: Part, processes:
 
     Args:
         model: that passes over the parts.
-        own: maybe none.
+        own: possibly none.
         filler: work for a process without; its loss is multiplied by 0.
         processes: the processes of the run.
     """

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rlhf_cli.attention import slot_cache
 from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.model_shape import ModelShape
+from rlhf_cli.models.model_shape import CACHE_BLOCK, ModelShape
 from rlhf_cli.models.resources import Extent, MemoryNeed, frozen_bytes, memory_need, moments, number_bytes
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings
@@ -25,6 +26,10 @@ SHAPE = ModelShape(
     weights=1_900, layers=2, hidden=8, feed_forward=16, queries=8, keys=4, vocabulary=100, embeddings=800, stored=3_800
 )
 """A model with tied embeddings of 100 x 8."""
+
+
+def test_the_cache_is_counted_in_the_blocks_by_which_it_grows():
+    assert CACHE_BLOCK == slot_cache.BLOCK
 
 
 def test_sizes_are_read_from_configuration_and_headers(tiny_llama: Path):

@@ -124,7 +124,7 @@ class RewardModel(nn.Module):
         """Score N completions; return normalized rewards in the same order.
 
         A text longer than `max_length` loses the beginning of its prompt's content, with one warning per model. With a
-        sharded model, every process calls this, for completions of its own, maybe none.
+        sharded model, every process calls this, for completions of its own, possibly none.
 
         Args:
             prompts: N prompts.

@@ -209,7 +209,7 @@ class RewardTrainer(TrainingTask):
     def accumulate(self, chosen: Sequence[int], count: Callable[[int], object] = lambda tokens: None) -> StepSums:
         """Accumulate the gradient of the mean loss of these groups, one micro-batch at a time.
 
-        Each process computes its share of the micro-batches, maybe none; all end with the same gradient and sums.
+        Each process computes its share of the micro-batches, possibly none; all end with the same gradient and sums.
 
         Args:
             chosen: numbers of the groups.
