@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_cli.durations import format_duration
 from rlhf_cli.pipeline.disk_space import format_bytes
+from rlhf_cli.pipeline.plan_advice import Advice
 from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
+from rlhf_cli.quoting import word
+from rlhf_cli.stages.sharding import SHARDED_STAGES
 from rlhf_cli.stages.workload import Workload
 from rlhf_cli.statistics.wording import PRECISION
 
 _SHOWN = 0.01
 """Share of the memory of a phase under which a role is not shown."""
+_NEEDS_MORE = {
+    False: "this stage holds a whole model in each process, and needs more memory for it",
+    True: "this stage needs more memory, or more GPUs among which `model.sharding=fsdp` divides its models",
+}
+"""Whether a stage can divide models among GPUs -> what it needs if no change suffices."""
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:
@@ -55,12 +63,21 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         },
         "completion_tokens": None if stage.rates is None else stage.rates.mean,
         "sizes": stage.sizes,
-        "advice": [
-            {"set": one.change, "saved_bytes": one.saved, "peak_bytes": one.total, "fits": one.fits,
-             "keeps_result": one.keeps_result}
-            for one in stage.advice
-        ],
+        "advice": list(map(_advice_json, stage.advice)),
+        "combined_advice": list(map(_advice_json, stage.combined)),
     }  # fmt: skip
+
+
+def _advice_json(one: Advice) -> dict[str, Any]:
+    return {
+        "set": one.change,
+        "saved_bytes": one.saved,
+        "peak_bytes": one.total,
+        "fits": one.fits,
+        "keeps_result": one.keeps_result,
+        "processes": one.processes or None,
+        "server_gpus": one.server_gpus or None,
+    }
 
 
 def _work_json(workload: Workload) -> dict[str, Any]:
@@ -171,12 +188,35 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
     )
     if others:
         yield "", f"other phases: {others}"
+    if not stage.fits:
+        yield from _changes(stage)
+
+
+def _changes(stage: StagePlan) -> Iterator[tuple[str, str]]:
+    """Yield what to change if a stage does not fit: each change, then a combination, or that there is none."""
     for one in stage.advice:
-        effect = "" if one.keeps_result else "; it changes the result"
         fit = "fits" if one.fits else "not enough by itself"
-        start = f"; start {one.processes} processes on each machine (`--processes`)" if one.processes else ""
-        saves = f"saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}{effect}{start}"
-        yield "change", f"--set {one.change} {saves}"
+        saves = f"saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}"
+        yield "change", f"{_set(one)} {saves}{_terms([one])}"
+    if stage.combined:
+        settings = " ".join(map(_set, stage.combined))
+        yield "together", f"{settings}: {format_bytes(stage.combined[-1].total)}, fits{_terms(stage.combined)}"
+    elif not any(one.fits for one in stage.advice):
+        yield "change", f"none suffices, alone or together: {_NEEDS_MORE[stage.name in SHARDED_STAGES]}"
+
+
+def _set(one: Advice) -> str:
+    return f"--set {word(one.change)}"
+
+
+def _terms(changes: Sequence[Advice]) -> str:
+    """Return what changes need besides, and whether they change the result."""
+    found = "" if all(one.keeps_result for one in changes) else "; changes the result"
+    if processes := max(one.processes for one in changes):
+        found += f"; start {processes} processes on each machine (`--processes`)"
+    if gpus := max(one.server_gpus for one in changes):
+        found += f"; needs a vLLM server on {gpus} more such GPU{'s' * (gpus > 1)} (`--server-gpus {gpus}` plans it)"
+    return found
 
 
 def _summary(plan: RunPlan) -> Iterator[str]:

@@ -204,9 +204,9 @@ class _StagePlanner:
             note = f"the copy of a checkpoint takes up to {copied / 1e9:,.1f} GB of host memory on each machine"
             workload = replace(workload, notes=(*workload.notes, note))
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
-        advice: Sequence[Advice] = ()
+        advice, combined = list[Advice](), list[Advice]()
         if not fits:
-            advice = advise(stage, section, recipe, extent, self._limit, self._accepts)
+            advice, combined = advise(stage, section, recipe, extent, self._limit, self._accepts)
         return StagePlan(
             name=stage.name,
             action=step.action,
@@ -219,6 +219,7 @@ class _StagePlanner:
             rates=rates,
             sizes=dict(stage.sizes(section, self._recipe)),
             advice=tuple(advice),
+            combined=tuple(combined),
             predicted=predicted,
             fits=fits,
         )

@@ -1,7 +1,8 @@
 """What to change if a stage does not fit the memory of this machine: each setting, to what, and what it saves.
 
 Each change is made to the recipe, and the same formulas give the memory again. Settings that change speed alone come
-first, then those that change the result. Changes that the recipe or its stages refuse are omitted.
+first, then those that change the result. Changes that the recipe or its stages refuse are omitted. Where none is enough
+by itself, all combinations are tried. Other ways to draw completions are named only where the stage fits with them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.resources import Extent, shards
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.resources import Extent, shards, vllm_least
+from rlhf_cli.pipeline.prediction import SERVER_SHARE
 from rlhf_cli.recipe.overrides import Layers, parse_set
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.base import Stage
 from rlhf_cli.stages.sharding import check_sharding
+
+SERVER = "http://HOST:8000"
+"""Address of a vLLM server that is only proposed."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Advice:
         fits: whether that is within the memory.
         keeps_result: whether the change affects memory and speed only.
         processes: on each machine that the change needs; 0 if it works with any number.
+        server_gpus: least GPUs of a vLLM server that the change needs.
     """
 
     change: str
@@ -40,6 +48,7 @@ class Advice:
     fits: bool
     keeps_result: bool
     processes: int = 0
+    server_gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,36 @@ class _Changed:
     extent: Extent
     keeps_result: bool = True
     processes: int = 0
+    server_gpus: int = 0
+
+    @property
+    def name(self) -> str:
+        """The setting that is changed."""
+        return self.change.partition("=")[0]
+
+    def advice(self, before: int, total: int, limit: int) -> Advice:
+        """Return the advice, for the memory without and with the change."""
+        return Advice(
+            self.change, before - total, total, total <= limit, self.keeps_result, self.processes, self.server_gpus
+        )
 
 
-def accepted_by(recipe: Recipe, stages: Container[str]) -> Callable[[str], bool]:
-    """Return whether a recipe accepts a change, such as `ppo.optimizer=adamw-8bit`.
+Accepts = Callable[..., bool]
+"""Whether the recipe accepts changes, each such as `ppo.optimizer=adamw-8bit`, all together."""
+
+
+def accepted_by(recipe: Recipe, stages: Container[str]) -> Accepts:
+    """Return what tells whether a recipe accepts changes.
 
     Args:
         recipe: as the user wrote it, without what is assumed to plan it.
         stages: names of the stages that run.
     """
 
-    def accepts(change: str) -> bool:
+    def accepts(*changes: str) -> bool:
         layers = Layers(recipe.model_dump())
-        layers.add(parse_set(change))
+        for change in changes:
+            layers.add(parse_set(change))
         try:
             check_sharding(Recipe.model_validate(layers.data), stages)
         except (ValidationError, UsageError):
@@ -75,9 +101,12 @@ def accepted_by(recipe: Recipe, stages: Container[str]) -> Callable[[str], bool]
 
 
 def advise(
-    stage: Stage, settings: Any, recipe: RunSettings, extent: Extent, limit: int, accepts: Callable[[str], bool]
-) -> list[Advice]:
+    stage: Stage, settings: Any, recipe: RunSettings, extent: Extent, limit: int, accepts: Accepts
+) -> tuple[list[Advice], list[Advice]]:
     """Return the changes that save memory; one that can take several values has the mildest that fits, else its last.
+
+    The second list is the smallest combination that fits, if no change fits by itself: each with what it saves after
+    those before it. It is empty if none fits.
 
     Args:
         stage: that does not fit.
@@ -85,24 +114,65 @@ def advise(
         recipe: of the run, with its precision.
         extent: of the stage.
         limit: bytes of memory.
-        accepts: whether a change is one that the recipe allows, see `accepted_by`.
+        accepts: see `accepted_by`.
     """
     before = stage.memory(settings, recipe, extent)
     if before is None:
-        return []
+        return [], []
     found: dict[str, Advice] = {}
-    for changed in _changes(stage, settings, recipe, extent):
-        name = changed.change.partition("=")[0]
-        if name in found and found[name].fits:
+    start = _Changed("", settings, recipe, extent)
+    for changed in _changes(stage, start):
+        if changed.name in found and found[changed.name].fits:
             continue
-        need = stage.memory(changed.settings, changed.recipe, changed.extent)
-        if need is not None and need.total < before.total and accepts(changed.change):
-            saved, fits = before.total - need.total, need.total <= limit
-            found[name] = Advice(changed.change, saved, need.total, fits, changed.keeps_result, changed.processes)
-    return sorted(found.values(), key=lambda one: (not one.fits, not one.keeps_result))
+        total = _total(stage, changed)
+        if total < before.total and accepts(changed.change):
+            found[changed.name] = changed.advice(before.total, total, limit)
+    for others in _other_drawing(stage, start):
+        fitting = (one for one in others if _total(stage, one) <= limit and accepts(one.change))
+        if (one := next(fitting, None)) is not None:
+            found[one.change] = one.advice(before.total, _total(stage, one), limit)
+    advice = sorted(found.values(), key=lambda one: (not one.fits, not one.keeps_result))
+    fits = any(one.fits for one in advice)
+    return advice, [] if fits else _combined(stage, start, before.total, limit, accepts)
 
 
-def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -> Iterator[_Changed]:
+def _total(stage: Stage, changed: _Changed) -> int:
+    need = stage.memory(changed.settings, changed.recipe, changed.extent)
+    assert need is not None  # as without the change
+    return need.total
+
+
+def _combined(stage: Stage, start: _Changed, before: int, limit: int, accepts: Accepts) -> list[Advice]:
+    """Return the combination of fewest changes that fits, first of those that keep the result.
+
+    Each setting has its last value. What draws completions comes last, since it counts only where the stage then fits.
+    """
+    seen: set[frozenset[str]] = set()
+    level: list[tuple[_Changed, ...]] = [()]
+    while level:
+        longer: list[tuple[_Changed, ...]] = []
+        fitting: list[tuple[_Changed, ...]] = []
+        for path in level:
+            state = path[-1] if path else start
+            for others in _other_drawing(stage, state):
+                fitting += [(*path, one) for one in others if _total(stage, one) <= limit][:1]
+            for changed in {one.name: one for one in _changes(stage, state)}.values():
+                names = frozenset([changed.name, *(one.name for one in path)])
+                if names in seen:
+                    continue
+                seen.add(names)
+                longer.append((*path, changed))
+        fitting += [path for path in longer if _total(stage, path[-1]) <= limit]
+        for path in sorted(fitting, key=lambda path: (len(path), sum(not one.keeps_result for one in path))):
+            if accepts(*(one.change for one in path)):
+                totals = [before, *(_total(stage, one) for one in path)]
+                return [one.advice(was, now, limit) for one, was, now in zip(path, totals, totals[1:], strict=False)]
+        level = longer
+    return []
+
+
+def _changes(stage: Stage, state: _Changed) -> Iterator[_Changed]:
+    settings, recipe, extent = state.settings, state.recipe, state.extent
     yield from _smaller_batches(stage.section, settings, recipe, extent)
     yield from _other_state(stage.section, settings, recipe, extent)
     model, is_lora = recipe.model, getattr(settings, "adapter", "") == "lora"
@@ -120,6 +190,38 @@ def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -
         yield _of_model("model.precision", {"precision": "bfloat16"}, "bfloat16", settings, recipe, extent)
     if not extent.on_cpu and model.quantize == "none" and is_lora:
         yield _of_model("model.quantize", {"quantize": "4bit"}, "4bit", settings, recipe, extent)
+
+
+def _other_drawing(stage: Stage, state: _Changed) -> Iterator[Iterator[_Changed]]:
+    """Yield other ways to draw completions of a policy that trains, each with the values to try in turn.
+
+    vLLM divides the policy among GPUs of a machine while it draws, or a server has it on GPUs of its own. The torch
+    engine holds it whole on each GPU, as stages do that only sample.
+    """
+    if stage.name != "ppo" or state.extent.on_cpu or state.recipe.generation.vllm_server is not None:
+        return
+    new_tokens = state.settings.max_new_tokens or state.recipe.sampling.max_new_tokens or Sampling.max_new_tokens
+    prompt = state.extent.prompt or state.recipe.data.max_prompt_tokens
+    least, device = vllm_least(state.extent.shape, prompt + new_tokens), state.extent.device
+
+    def changed(generation: dict[str, Any], server_gpus: int = 0) -> _Changed:
+        recipe = state.recipe.model_copy(update={"generation": GenerationSettings.model_validate(generation)})
+        shown = ", ".join(f"{name}: {value}" for name, value in generation.items())
+        return _Changed(f"generation={{{shown}}}", state.settings, recipe, state.extent, server_gpus=server_gpus)
+
+    own = state.extent.machine or state.extent.processes
+    yield (
+        changed({"engine": "vllm", "tensor_parallel_size": size, "gpu_memory_utilization": tenths / 10})
+        for size in range(1, own + 1)
+        if own % size == 0
+        for tenths in range(9, 0, -1)
+        if least <= size * device * tenths / 10
+    )
+    yield (
+        changed({"vllm_server": SERVER}, server_gpus=size)
+        for size in (1, 2, 4, 8)
+        if least <= size * device * SERVER_SHARE
+    )
 
 
 def _smaller_batches(section: str, settings: Any, recipe: RunSettings, extent: Extent) -> Iterator[_Changed]:

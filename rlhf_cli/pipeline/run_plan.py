@@ -33,6 +33,7 @@ class StagePlan:
         rates: what the trial measured; None without.
         sizes: derived sizes, as in `recipe show`.
         advice: what to change if it does not fit the memory.
+        combined: changes that make it fit together, if none of `advice` does; empty if none do.
         predicted: what each phase takes on other machines; None for this one, where their speed is not known, or where
             the stage does not fit.
         fits: whether the memory suffices, as far as that is known.
@@ -49,6 +50,7 @@ class StagePlan:
     rates: Rates | None = None
     sizes: dict[str, int | str] = field(default_factory=dict)
     advice: tuple[Advice, ...] = ()
+    combined: tuple[Advice, ...] = ()
     predicted: Mapping[str, Took] | None = None
     fits: bool = True
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.model_shape import ModelShape
-from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, vllm_share
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, sent, vllm_share
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -164,7 +164,9 @@ def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent
     weights = {"policy": float(shape.weights * size)}
     rows = sampling.batch_size
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
-    if recipe.generation.engine == "vllm":
+    if recipe.generation.vllm_server is not None:
+        drawing = {"sent": sent(shape)}
+    elif recipe.generation.engine == "vllm":
         drawing = {"vLLM": vllm_share(shape, recipe.generation, extent, longest)}
     return memory_need(extent, {"load": loading(extent, weights), "rollout": weights | drawing})
 

@@ -176,9 +176,9 @@ def test_advice_names_the_setting_and_how_much_it_saves():
     need = stage.memory(section, recipe, extent)
     assert need is not None
     accepted = accepted_by(recipe, {"sft"})
-    advice = {
-        one.change: one for one in advise(stage, section, recipe, extent, limit=need.total * 3 // 4, accepts=accepted)
-    }
+    found, combined = advise(stage, section, recipe, extent, limit=need.total * 3 // 4, accepts=accepted)
+    assert not combined, "one is enough"
+    advice = {one.change: one for one in found}
     assert advice["sft.adapter=lora"].fits
     assert not advice["sft.adapter=lora"].keeps_result
     assert advice["sft.gradient_checkpointing=true"].keeps_result

@@ -206,6 +206,39 @@ def test_sharding_is_proposed_with_the_processes_that_it_needs(small: Path, caps
     assert "; start 8 processes on each machine (`--processes`)" in said
 
 
+def test_a_policy_that_is_too_large_to_be_drawn_from_has_remedies_that_can_be_pasted(small: Path, capsys):
+    given = ("model.sharding=fsdp", "generation={engine: torch}")
+    found = planned(small, *given, "evaluate={}", size="70b", count=8)
+    show_plan(found)
+    said = " ".join(capsys.readouterr().out.split())
+    served = "generation={vllm_server: http://HOST:8000}"
+    assert f"--set '{served}' saves" in said
+    assert "fits; needs a vLLM server on 2 more such GPUs (`--server-gpus 2` plans it)" in said
+    assert "none suffices, alone or together: this stage holds a whole model in each process" in said, "of evaluate"
+    (pasted,) = [
+        one for one in planned(small, *given, served, size="70b", count=8, servers=2).stages if one.name == "ppo"
+    ]
+    assert pasted.fits
+    assert pasted.predicted is not None
+    (plain,) = [stage for stage in plan_json(found)["stages"] if stage["name"] == "ppo"]
+    assert [one["server_gpus"] for one in plain["advice"] if one["set"] == served] == [2]
+
+
+def test_changes_that_suffice_together_are_named(small: Path, capsys):
+    given = ("generation={engine: torch}", "ppo.adapter=none", "ppo.critic_from=policy")
+    found = planned(small, *given, size="70b", count=8)
+    show_plan(found)
+    said = " ".join(capsys.readouterr().out.split())
+    ppo = found.stages[1]
+    assert [one.fits for one in ppo.combined] == [False] * (len(ppo.combined) - 1) + [True]
+    together = said.partition(" together ")[2].partition(": 7")[0]
+    assert [together.count(one.change) for one in ppo.combined] == [1] * len(ppo.combined)
+    pasted = planned(small, *given, *(one.change for one in ppo.combined), size="70b", count=8)
+    assert pasted.stages[1].fits
+    assert pasted.stages[1].workload is not None
+    assert not [note for note in pasted.stages[1].workload.notes if "does not start" in note or "too large" in note]
+
+
 @pytest.mark.parametrize("machine", [(), ("--gpu", "h100")])
 def test_sharding_is_refused_for_one_process_as_the_stage_refuses_it(machine, small: Path, rlhf_here):
     settings = ("--set", "model.sharding=fsdp", "--set", "generation={}")
