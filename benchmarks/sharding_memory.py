@@ -12,8 +12,8 @@ kernel may drop at any time. CPU seconds are those of all ranks and both command
 MALLOC_TOP_PAD_=131072 in the environment, which is glibc's default, rlhf leaves glibc as it is.
 
 The bound is 1.15 x whole / ranks + what no rank divides: activations, and the weights that are gathered for passes and
-to draw, as `rlhf plan` counts them. `whole` is what one process would hold: weights, gradients, moments. Both are of
-the phase in which they are largest. The SFT model that `train-rm` draws from is whole in every process.
+to draw, as `rlhf plan` counts them. `whole` is what one process would hold: weights, gradients, moments. Each is of the
+phase in which it is largest. The SFT model that `train-rm` draws from is whole in every process.
 """
 
 from __future__ import annotations
@@ -189,11 +189,8 @@ def measured(forks: Forks, folder: Path, run: str, ranks: int, *, resumes: bool)
     return [json.loads(report.read_text(encoding="utf-8")) for report in reports]
 
 
-def counted(folder: Path, run: str, ranks: int, device: str = "cpu") -> tuple[float, float]:
-    """Return bytes that one process would hold, and those that each of several ranks holds whole, as planned.
-
-    Both are of the phase in which a rank may hold most.
-    """
+def counted(folder: Path, run: str, ranks: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
+    """Return bytes that one process would hold in each phase, and those that each of several ranks holds whole."""
     import yaml
 
     from rlhf_cli.models.model_shape import ModelShape
@@ -219,7 +216,7 @@ def counted(folder: Path, run: str, ranks: int, device: str = "cpu") -> tuple[fl
     alone = planned(replace(extent, on_cpu=False), divided=True)
     alone["save"] = max(size for phase, size in alone.items() if phase != "save")
     rest = planned(replace(extent, processes=ranks), divided=False)
-    return max(((alone[phase], rest[phase]) for phase in rest), key=lambda pair: SLACK * pair[0] / ranks + pair[1])
+    return {phase: (alone[phase], rest[phase]) for phase in rest}
 
 
 def main() -> None:
@@ -250,7 +247,7 @@ def main() -> None:
                 without = [one["peak"] for one in empty]
                 reports = both(forks, folder, run, ranks)
                 largest = [_largest(one) for one in reports]
-                whole, rest = counted(folder, run, ranks)
+                whole, rest = map(max, zip(*counted(folder, run, ranks).values(), strict=True))
                 bound = SLACK * whole / ranks + rest
                 peaks = [one["peak"] - process for one, process in zip(largest, without, strict=True)]
                 files = max(one["files"] - process["files"] for one, process in zip(largest, empty, strict=True))

@@ -58,11 +58,13 @@ def start(
 
 
 def peaks(benchmark: ModuleType, folder: Path, run: str, outcomes: list[Outcome]) -> tuple[list[int], float, str]:
-    """Return the peak of each rank, the bound, and what was held at the peak of rank 0."""
-    whole, rest = benchmark.counted(folder, run, len(outcomes), "cuda")
-    part = whole / len(outcomes)
+    """Return the peak of each rank, the bound of the phase that may hold most, and what was held at rank 0's peak."""
+    phases = benchmark.counted(folder, run, len(outcomes), "cuda").values()
+    bound, part, rest = max(
+        (benchmark.SLACK * whole / len(outcomes) + rest, whole / len(outcomes), rest) for whole, rest in phases
+    )
     held = sorted(outcomes[0].largest.items(), key=lambda item: -item[1])[:12]
-    found, bound = [one.peak for one in outcomes], benchmark.SLACK * part + rest
+    found = [one.peak for one in outcomes]
     told = f"peaks {found}, whole / ranks {part:,.0f}, not divided {rest:,.0f}, bound {bound:,.0f}, held: {held}"
     print(f"{run} on {len(outcomes)}: {told}")  # shown by `pytest -rP`
     return found, bound, told
