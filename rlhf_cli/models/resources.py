@@ -50,6 +50,7 @@ class Extent:
         process: bytes of the process without a model; counted on a CPU.
         tokens: largest micro-batch, padding included, a shared prompt once; None is what the settings allow.
         prompt: longest prompt in tokens; None is what the settings allow.
+        records: that the stage trains on; None where they are not known.
         processes: of the run, on equal devices.
         machine: processes on each machine; 0 is all of them.
         device: bytes of memory of a GPU, of which vLLM takes a share; 0 where it is not known.
@@ -61,6 +62,7 @@ class Extent:
     process: int = CPU_PROCESS
     tokens: int | None = None
     prompt: int | None = None
+    records: int | None = None
     processes: int = 1
     machine: int = 0
     device: int = 0

@@ -237,6 +237,7 @@ class _StagePlanner:
             process=CPU_PROCESS,
             tokens=workload.largest,
             prompt=workload.prompt,
+            records=workload.records,
             device=self._limit,
         )
         return extent if self._target is None else self._target.extent(extent, workload)

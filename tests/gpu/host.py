@@ -5,8 +5,8 @@
 The package of this checkout is imported once, too; a request that names another one imports that. A request is an
 object: `package`, the folder that holds the rlhf_cli to run; `folder`, the working directory; `answer`, the file that
 the child writes its answer to; and `arguments` of the command, or `call`, a function `module:name`, with `named`. The
-host reads lists of requests (JSON, a line each), which as many children answer at once, and replies with their
-statuses.
+child sends itself SIGTERM once the path `stop_after` exists, if that is given. The host reads lists of requests (JSON,
+a line each), which as many children answer at once, and replies with their statuses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -91,6 +93,8 @@ def _serve(request: dict[str, Any]) -> int:
             module, name = request["call"].split(":")
             answer["result"] = getattr(importlib.import_module(module), name)(**request["named"])
         else:
+            if request.get("stop_after"):
+                threading.Thread(target=_stop_after, args=(Path(request["stop_after"]),), daemon=True).start()
             from rlhf_cli.cli import main as command
             from rlhf_cli.distributed import process_group
             from rlhf_cli.stages.reward_model import quality
@@ -112,6 +116,12 @@ def _serve(request: dict[str, Any]) -> int:
     sys.stderr.flush()
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     return 0
+
+
+def _stop_after(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

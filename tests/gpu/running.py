@@ -87,15 +87,31 @@ class Host:
         return found
 
     def processes(
-        self, folder: Path, count: int, *arguments: object, code: int = 0, package: Path = ROOT
+        self,
+        folder: Path,
+        count: int,
+        *arguments: object,
+        code: int = 0,
+        package: Path = ROOT,
+        stop_after: Path | None = None,
     ) -> list[Outcome]:
-        """Run `rlhf` in several processes, each with a GPU of its own, as torchrun does on one machine."""
+        """Run `rlhf` in several processes, each with a GPU of its own, as torchrun does on one machine.
+
+        Args:
+            folder: working directory.
+            count: number of processes.
+            arguments: of the command.
+            code: exit status of each to insist on.
+            package: see `host`.
+            stop_after: each gets SIGTERM once this path exists.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         requests = [
             self._request(folder, package, arguments=[str(one) for one in arguments], suffix=f"-{rank}", follow=True,
+                          stop_after=None if stop_after is None else str(stop_after),
                           environment={k: str(v) for k, v in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()})
             for rank in range(count)
         ]  # fmt: skip

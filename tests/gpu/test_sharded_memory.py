@@ -1,10 +1,11 @@
-"""Bytes that each of two ranks of a sharded run holds on a fake GPU: its part of the whole, and what is not divided.
+"""Bytes that each rank of a sharded run holds on a fake GPU: its part of the whole, and what is not divided.
 
-Loading, the checkpoint and the artifact are included. gloo carries the messages.
+Loading, checkpoints, resuming and the artifact are included. gloo carries the messages.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,23 +13,23 @@ from types import ModuleType
 import pytest
 
 from tests.gpu.mutants import STALE, WHOLE
-from tests.gpu.running import ROOT, Host, fake_gpus
+from tests.gpu.running import ROOT, Host, Outcome, fake_gpus
 from tests.scripts import load_script
 
-RANKS = 2
-RUNS: dict[str, dict[str, object]] = {
-    "sft-none": {},
-    "sft-lora": {},
-    "ppo-none": {"ppo.prompts_per_step": RANKS, "ppo.max_new_tokens": 4},
-    "ppo-lora": {"ppo.prompts_per_step": RANKS, "ppo.max_new_tokens": 4},
+SHORT = {
+    "sft": {},
+    "train-rm": {"sampling.max_new_tokens": 4},
+    "ppo": {"ppo.prompts_per_step": 2, "ppo.max_new_tokens": 4},
 }
-"""Stage and adapter -> settings that make the run shorter than the benchmark's."""
+"""Stage -> settings that make the run shorter than the benchmark's."""
+RUNS = [f"{stage}-{adapter}" for stage in SHORT for adapter in ("none", "lora")]
+RANKS = 2
 
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[Host]:
     """A host with a fake GPU for each rank."""
-    with fake_gpus(RANKS) as host:
+    with fake_gpus(4) as host:
         yield host
 
 
@@ -46,32 +47,59 @@ def folder(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     return made
 
 
-def peaks(gpus: Host, benchmark: ModuleType, folder: Path, run: str, **package: Path) -> tuple[list[int], float, str]:
-    """Return the peak of each rank, the bound, and what was held at the peak of rank 0."""
-    recipe = benchmark.recipe(folder, run, RANKS, "cuda")
-    target = folder / f"run-{run}-{len(package)}"
-    changes = [word for name, value in RUNS[run].items() for word in ("--set", f"{name}={value}")]
-    outcomes = gpus.processes(folder, RANKS, run.split("-")[0], recipe, *changes, "--run-dir", target, **package)
-    whole, rest = benchmark.counted(folder, run, RANKS, "cuda")
+def start(
+    gpus: Host, benchmark: ModuleType, folder: Path, run: str, ranks: int, name: str, **how: object
+) -> list[Outcome]:
+    """Start a run, or resume it; returns what each rank did."""
+    stage = run.rsplit("-", 1)[0]
+    changes = [word for setting, value in SHORT[stage].items() for word in ("--set", f"{setting}={value}")]
+    recipe = benchmark.recipe(folder, run, ranks, "cuda")
+    return gpus.processes(folder, ranks, stage, recipe, *changes, "--run-dir", folder / name, **how)
+
+
+def peaks(benchmark: ModuleType, folder: Path, run: str, outcomes: list[Outcome]) -> tuple[list[int], float, str]:
+    """Return the peak of each rank, the bound of the phase that may hold most, and what was held at rank 0's peak."""
+    phases = benchmark.counted(folder, run, len(outcomes), "cuda").values()
+    bound, part, rest = max(
+        (benchmark.SLACK * whole / len(outcomes) + rest, whole / len(outcomes), rest) for whole, rest in phases
+    )
     held = sorted(outcomes[0].largest.items(), key=lambda item: -item[1])[:12]
-    told = f"whole / ranks {whole / RANKS:,.0f}, not divided {rest:,.0f}, held: {held}"
-    return [one.peak for one in outcomes], benchmark.SLACK * whole / RANKS + rest, told
+    found = [one.peak for one in outcomes]
+    told = f"peaks {found}, whole / ranks {part:,.0f}, not divided {rest:,.0f}, bound {bound:,.0f}, held: {held}"
+    print(f"{run} on {len(outcomes)}: {told}")  # shown by `pytest -rP`
+    return found, bound, told
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_each_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, folder: Path):
-    found, bound, told = peaks(gpus, benchmark, folder, run)
-    assert max(found) <= bound, (found, bound, told)
-    assert min(found) > 0.5 * bound, (found, bound, told)
+CELLS = [pytest.param(run, ranks, id=f"{run} on {ranks}") for ranks in (2, 4) for run in RUNS]
+
+
+@pytest.mark.parametrize(("run", "ranks"), CELLS)
+def test_each_rank_holds_its_part(run: str, ranks: int, gpus: Host, benchmark: ModuleType, folder: Path):
+    outcomes = start(gpus, benchmark, folder, run, ranks, f"run-{run}-{ranks}")
+    found, bound, told = peaks(benchmark, folder, run, outcomes)
+    assert max(found) <= bound, told
+    assert min(found) > 0.5 * bound, told
+
+
+@pytest.mark.parametrize("run", ["sft-none", "sft-lora", "ppo-none", "ppo-lora"])
+def test_a_resumed_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, folder: Path):
+    name = f"resumed-{run}"
+    step = folder / name / f".{run.rsplit('-', 1)[0]}.work" / "step-00000001"
+    start(gpus, benchmark, folder, run, RANKS, name, stop_after=step, code=128 + signal.SIGTERM)
+    outcomes = start(gpus, benchmark, folder, run, RANKS, name)
+    assert "resuming from step 1 of 2" in outcomes[0].stderr
+    found, bound, told = peaks(benchmark, folder, run, outcomes)
+    assert max(found) <= bound, told
+    assert min(found) > 0.5 * bound, told
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_whole_copy_in_each_rank_exceeds_the_bound(
     run: str, gpus: Host, benchmark: ModuleType, folder: Path, tmp_path: Path
 ):
-    mutated = WHOLE.apply(tmp_path)
-    found, bound, told = peaks(gpus, benchmark, folder, run, package=mutated)
-    assert min(found) > bound, (found, bound, told)
+    outcomes = start(gpus, benchmark, folder, run, RANKS, f"whole-{run}", package=WHOLE.apply(tmp_path))
+    found, bound, told = peaks(benchmark, folder, run, outcomes)
+    assert min(found) > bound, told
 
 
 def test_a_weight_that_is_read_after_it_was_dropped_is_refused(

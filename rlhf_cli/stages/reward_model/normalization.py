@@ -22,10 +22,8 @@ from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
+from rlhf_cli.stages.reward_model.settings import NORMALIZED_OVER
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
-
-NORMALIZED_OVER = 64
-"""Training prompts that rewards are normalized over: enough for a mean and a deviation, in about a minute on a CPU."""
 
 
 def normalized_over(context: RewardModelContext, train: Sequence[Ranking]) -> list[Ranking]:

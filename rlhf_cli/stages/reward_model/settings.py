@@ -19,6 +19,9 @@ from rlhf_cli.settings.base import (
 )
 from rlhf_cli.settings.shared import Adapter, LoraSettings, TrainingSettings, default_rate
 
+NORMALIZED_OVER = 64
+"""Training prompts that rewards are normalized over: enough for a mean and a deviation, in about a minute on a CPU."""
+
 
 class RequiredQuality(Section):
     """What is required of the reward model on held-out prompts. It is trained, measured and written in any case; if a

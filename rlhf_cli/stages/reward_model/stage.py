@@ -12,7 +12,7 @@ from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 from rlhf_cli.stages.reward_model.requirements import check_requirements
-from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.reward_model.settings import NORMALIZED_OVER, RewardModelSettings
 from rlhf_cli.stages.training_memory import training_memory
 
 
@@ -80,12 +80,14 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
 
 def _drawing(recipe: RunSettings, extent: Extent, size: int) -> dict[str, float]:
     """Roles of sampling the completions that rewards are normalized over."""
-    shape, rows = extent.shape, StageSamplingSettings().batch_size
+    shape = extent.shape
+    prompts = min(NORMALIZED_OVER, extent.records or NORMALIZED_OVER)
+    rows = min(StageSamplingSettings().batch_size, math.ceil(prompts / extent.processes))
     longest = (extent.prompt or recipe.data.max_prompt_tokens) + (
         recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     )
     decoding = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
-    return {"policy": float(shape.weights * size), **decoding}
+    return {"SFT model": float(shape.weights * size), **decoding}
 
 
 RewardModelContext = StageContext[RewardModelSettings, RewardModelInputs]

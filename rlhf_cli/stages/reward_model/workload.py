@@ -14,6 +14,7 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.stages.common import inherited_sampling, model_source
 from rlhf_cli.stages.inputs import Input
+from rlhf_cli.stages.reward_model.settings import NORMALIZED_OVER
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 from rlhf_cli.stages.workload import (
     Passed,
@@ -74,7 +75,7 @@ def read(context: RewardModelContext) -> Reading | None:
 
 def _of_rankings(context: RewardModelContext) -> Reading:
     from rlhf_cli.models.loading import load_config
-    from rlhf_cli.stages.reward_model.normalization import NORMALIZED_OVER, samples_anew
+    from rlhf_cli.stages.reward_model.normalization import samples_anew
     from rlhf_cli.stages.reward_model.plan import make_plan, member_without_weights
 
     recipe, settings = context.recipe, context.settings
