@@ -61,10 +61,18 @@ def check_engine_groups(generation: GenerationSettings, count: int, of_machine: 
         count: processes of the run.
         of_machine: processes on each machine; None if the launcher does not say it.
     """
-    size, own = generation.tensor_parallel_size, of_machine or count
-    if size == 1 or own % size == 0:
+    size = generation.tensor_parallel_size
+    if size == 1 or (of_machine is not None and count % size == of_machine % size == 0):
         return
-    found = f"there {'is one process' if own == 1 else f'are {own} processes'} on each machine"
+    if of_machine is None and count > 1:
+        raise UsageError(
+            f"`generation.tensor_parallel_size: {size}` needs a launcher that sets LOCAL_WORLD_SIZE, the number of "
+            "processes on a machine: the processes of an engine must be on one",
+            hint="start with torchrun or `--processes N`",
+            setting="generation.tensor_parallel_size",
+        )
+    own, where = (of_machine, " on each machine") if of_machine is not None and of_machine % size else (count, "")
+    found = f"there {'is one process' if own == 1 else f'are {own} processes'}{where}"
     raise UsageError(
         f"`generation.tensor_parallel_size: {size}` needs groups of {size} processes on one machine, and {found}",
         hint=f"start a multiple of {size} with `--processes`, or use a number that divides {own}",
