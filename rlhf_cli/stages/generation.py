@@ -6,7 +6,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -14,8 +14,10 @@ from rlhf_cli.distributed.ranks import local_world_size, world_size
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.files import write_whole
 from rlhf_cli.progress import detail, say_once
+from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.base import ENGINE_RECORD, StageContext
+from rlhf_cli.stages.inputs import Input
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -51,6 +53,20 @@ def choose_generator(
     tell = detail if is_expected else say_once
     tell(f"{context.stage.name}: completions are drawn with {name}{reason and f': {reason}'}")
     return chosen
+
+
+def check_drawing(recipe: RunSettings, inputs: Iterable[Input], count: int, of_machine: int | None) -> None:
+    """Raise `UsageError` if stages that will run draw completions, and the processes cannot share engines.
+
+    Args:
+        recipe: of the run.
+        inputs: of these stages. `train-rm` may draw too, if it normalizes rewards.
+        count: see `check_engine_groups`.
+        of_machine: likewise.
+    """
+    normalized = "start of a reward model" if recipe.value("train_rm.normalize") else None
+    if any(given.sampled_by is not None or given.role == normalized is not None for given in inputs):
+        check_engine_groups(recipe.generation, count, of_machine)
 
 
 def check_engine_groups(generation: GenerationSettings, count: int, of_machine: int | None) -> None:
