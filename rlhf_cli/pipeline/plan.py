@@ -33,7 +33,7 @@ from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.planner import Planner, Step
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
-from rlhf_cli.pipeline.runner import check_steps, limit_threads, not_cached
+from rlhf_cli.pipeline.runner import check_steps, inputs_of, limit_threads, not_cached
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.progress import Task, task
 from rlhf_cli.recipe.loader import LoadedRecipe
@@ -83,7 +83,7 @@ def plan_run(
             several = "plan for several GPUs with `--gpu NAME --gpus N`"
             check_several(recipe.model, 1 if target is None else target.cluster.count, several)
         if target is not None:  # `here` has whole models
-            target.check(recipe, names)
+            target.check(recipe, names, inputs_of(not_cached(steps)))
         check_steps(here, steps)
 
     run, chosen = RunDirectory(folder), select(recipe, selection)

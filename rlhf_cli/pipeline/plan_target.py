@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from rlhf_cli.pipeline.prediction import SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import OUR_ATTENTION
-from rlhf_cli.stages.generation import check_engine_groups
+from rlhf_cli.stages.generation import check_drawing
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.sharding import check_groups, check_sharding
 from rlhf_cli.stages.workload import Workload
 
@@ -45,8 +46,8 @@ class Target:
         generation = recipe.generation.model_copy(update={"engine": "torch", "vllm_server": None})
         return _changed(recipe, changes).model_copy(update={"generation": generation})
 
-    def check(self, recipe: Recipe, stages: set[str]) -> None:
-        """Raise `UsageError` if these machines cannot do what the recipe says for the stages that run."""
+    def check(self, recipe: Recipe, stages: set[str], inputs: Iterable[Input]) -> None:
+        """Raise `UsageError` if these machines cannot do what the recipe says for the stages that run, with inputs."""
         check_sharding(recipe, stages)
         if self.server_gpus and recipe.generation.vllm_server is None:
             raise UsageError(
@@ -55,7 +56,7 @@ class Target:
             )
         of_machine = self.cluster.count // self.cluster.nodes
         check_groups(recipe.model, self.cluster.count, of_machine)
-        check_engine_groups(recipe.generation, self.cluster.count, of_machine)
+        check_drawing(recipe, inputs, self.cluster.count, of_machine)
 
     def there(self, here: Recipe, asked: Recipe) -> Recipe:
         """Return the recipe that the formulas count with: `here`, with what is only used on the other machines."""

@@ -10,7 +10,6 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.distributed.ranks import local_world_size, world_size
 from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_all
 from rlhf_cli.files import hash_file
 from rlhf_cli.generation.contract import Contract, read_contract, split_of
@@ -24,7 +23,6 @@ from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import trusts_code
-from rlhf_cli.stages.generation import check_engine_groups
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.registry import stages
 from rlhf_cli.stages.sharding import check_sharding
@@ -82,8 +80,6 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
 
 
 def _check_vllm(recipe: Recipe) -> None:
-    if world_size() > 1:  # this process may only check for the run of others
-        check_engine_groups(recipe.generation, world_size(), local_world_size())
     server = recipe.generation.vllm_server
     if recipe.generation.engine != "vllm" and server is None:
         return

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_cli.console import show_under_bar, working
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.process_group import is_joined, join_launched
-from rlhf_cli.distributed.ranks import is_main, world_size
+from rlhf_cli.distributed.ranks import is_main, local_world_size, world_size
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.errors import RequirementError
 from rlhf_cli.memory import keep_freed_memory, return_freed_memory
@@ -37,6 +37,8 @@ from rlhf_cli.run_log import LOG, logged
 from rlhf_cli.running_tasks import begin_stage, has_begun, recorded, what_is_saved
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage
+from rlhf_cli.stages.generation import check_drawing
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.sharding import check_processes, described_processes
 from rlhf_cli.training.monitoring.timing_log import show_table
 
@@ -133,6 +135,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
             steps = planner.plan(partial(check_steps, recipe))
         if to_run := not_cached(steps):
             check_processes(recipe, {step.stage.name for step in to_run})
+            check_drawing(recipe, inputs_of(to_run), world_size(), local_world_size())
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
         record.begin()
@@ -299,5 +302,9 @@ def not_cached(steps: Iterable[Step]) -> list[Step]:
 def check_steps(recipe: Recipe, steps: Iterable[Step]) -> None:
     """Check the inputs of all steps that do something; see `preflight`."""
     to_run = not_cached(steps)
-    inputs = (given for step in to_run for given in step.inputs.by_name().values())
-    preflight(recipe, inputs, {step.stage.name for step in to_run})
+    preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
+
+
+def inputs_of(steps: Iterable[Step]) -> list[Input]:
+    """Return all inputs of steps."""
+    return [given for step in steps for given in step.inputs.by_name().values()]

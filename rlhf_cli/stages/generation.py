@@ -6,7 +6,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -14,8 +14,10 @@ from rlhf_cli.distributed.ranks import local_world_size, world_size
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.files import write_whole
 from rlhf_cli.progress import detail, say_once
+from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.base import ENGINE_RECORD, StageContext
+from rlhf_cli.stages.inputs import Input
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -53,6 +55,20 @@ def choose_generator(
     return chosen
 
 
+def check_drawing(recipe: RunSettings, inputs: Iterable[Input], count: int, of_machine: int | None) -> None:
+    """Raise `UsageError` if stages that will run draw completions, and the processes cannot share engines.
+
+    Args:
+        recipe: of the run.
+        inputs: of these stages. `train-rm` may draw too, if it normalizes rewards.
+        count: see `check_engine_groups`.
+        of_machine: likewise.
+    """
+    normalized = "start of a reward model" if recipe.value("train_rm.normalize") else None
+    if any(given.sampled_by is not None or given.role == normalized is not None for given in inputs):
+        check_engine_groups(recipe.generation, count, of_machine)
+
+
 def check_engine_groups(generation: GenerationSettings, count: int, of_machine: int | None) -> None:
     """Raise `UsageError` if the processes cannot be divided into the groups that share a vLLM engine.
 
@@ -61,10 +77,18 @@ def check_engine_groups(generation: GenerationSettings, count: int, of_machine: 
         count: processes of the run.
         of_machine: processes on each machine; None if the launcher does not say it.
     """
-    size, own = generation.tensor_parallel_size, of_machine or count
-    if size == 1 or own % size == 0:
+    size = generation.tensor_parallel_size
+    if size == 1 or (of_machine is not None and count % size == of_machine % size == 0):
         return
-    found = f"there {'is one process' if own == 1 else f'are {own} processes'} on each machine"
+    if of_machine is None and count > 1:
+        raise UsageError(
+            f"`generation.tensor_parallel_size: {size}` needs a launcher that sets LOCAL_WORLD_SIZE, the number of "
+            "processes on a machine: the processes of an engine must be on one",
+            hint="start with torchrun or `--processes N`",
+            setting="generation.tensor_parallel_size",
+        )
+    own, where = (of_machine, " on each machine") if of_machine is not None and of_machine % size else (count, "")
+    found = f"there {'is one process' if own == 1 else f'are {own} processes'}{where}"
     raise UsageError(
         f"`generation.tensor_parallel_size: {size}` needs groups of {size} processes on one machine, and {found}",
         hint=f"start a multiple of {size} with `--processes`, or use a number that divides {own}",

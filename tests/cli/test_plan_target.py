@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from rlhf_cli.cli.app import app
 from rlhf_cli.cli.plan_report import plan_json, show_plan
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.gpus import Cluster
 from rlhf_cli.models.model_sizes import SIZES
 from rlhf_cli.pipeline.plan import plan_run
@@ -169,6 +171,18 @@ def test_an_engine_of_several_gpus_is_planned(small: Path, capsys):
     assert "vLLM does not start with a share below `generation.gpu_memory_utilization=0.8" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("last", "changes", "is_refused"),
+    [("ppo", (), True), ("train-rm", (), False), ("train-rm", ("train_rm.normalize=true",), True)],
+)
+def test_shared_engines_concern_stages_that_draw(last: str, changes: tuple[str, ...], is_refused: bool, small: Path):
+    loaded = load_recipe(small, [*changes, "generation.tensor_parallel_size=2"])
+    target = Target(Cluster.of("h100", 3), None, 0)
+    refused = pytest.raises(UsageError, match="there are 3 processes on each machine") if is_refused else nullcontext()
+    with refused:
+        plan_run(loaded, small.parent / "run", Selection(last=last), target=target)
 
 
 def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsys):

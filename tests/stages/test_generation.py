@@ -185,7 +185,13 @@ def test_settings_without_effect_are_refused():
 
 @pytest.mark.parametrize(
     ("size", "count", "of_machine", "found"),
-    [(2, 1, None, "there is one process"), (4, 12, 6, "there are 6 processes"), (3, 8, None, "there are 8 processes")],
+    [
+        (2, 1, None, "there is one process"),
+        (4, 12, 6, "there are 6 processes on each machine"),
+        (3, 8, 8, "there are 8 processes on each machine"),
+        pytest.param(8, 1, 8, "there is one process", id="LOCAL_WORLD_SIZE is left over from a launcher"),
+        pytest.param(4, 6, 4, "there are 6 processes$", id="a machine with more processes than the others"),
+    ],
 )
 def test_processes_that_cannot_be_grouped_around_an_engine_are_refused(size, count, of_machine, found):
     with pytest.raises(UsageError, match=rf"`generation\.tensor_parallel_size: {size}` needs .* {found}") as caught:
@@ -193,6 +199,15 @@ def test_processes_that_cannot_be_grouped_around_an_engine_are_refused(size, cou
     assert f"start a multiple of {size} with `--processes`" in caught.value.hint
     check_engine_groups(GenerationSettings(tensor_parallel_size=2), 12, 6)
     check_engine_groups(GenerationSettings(), 1, None)
+    check_engine_groups(GenerationSettings(), 3, None)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_an_engine_needs_to_know_which_processes_are_on_its_machine(count):
+    """Four processes may be two on each of two machines."""
+    with pytest.raises(UsageError, match="needs a launcher that sets LOCAL_WORLD_SIZE") as caught:
+        check_engine_groups(GenerationSettings(tensor_parallel_size=4), count, None)
+    assert caught.value.setting == "generation.tensor_parallel_size"
 
 
 def test_one_process_cannot_share_an_engine(tiny_llama, tmp_path):
@@ -201,17 +216,26 @@ def test_one_process_cannot_share_an_engine(tiny_llama, tmp_path):
     assert not (tmp_path / "work" / ENGINE_RECORD).exists()
 
 
-def test_a_model_that_vllm_does_not_divide_is_refused_before_it_is_loaded(vllm, tiny_llama, monkeypatch):
+def test_a_model_that_vllm_does_not_divide_is_refused_before_it_is_loaded(vllm, tiny_llama):
     recipe = Recipe.model_validate(
         {"model": {"path": str(tiny_llama)}, "generation": {"engine": "vllm", "tensor_parallel_size": 3}}
     )
     given = Input("model", str(tiny_llama), "model.path", role="policy", sampled_by="evaluate")
-    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match=r"`generation\.tensor_parallel_size: 3`: its \d attention heads cannot be"):
         preflight(recipe, [given])
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="there are 4 processes on each machine"):
-        preflight(recipe, [given])
+
+
+def test_processes_that_cannot_share_an_engine_are_refused_before_the_stage_begins(
+    vllm, rlhf_here, tiny_llama, tmp_path
+):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}\n')
+    (tmp_path / "rate.py").write_text("def score(p, c):\n    return [0.0 for _ in c]\n")
+    given = ["best-of-n", "--policy", tiny_llama, "--prompts", "p.jsonl", "--function", "rate.py:score"]
+    changes = ("generation.engine=vllm", "generation.tensor_parallel_size=2", "data.prompt_template=null")
+    code, said = rlhf_here(*given, *(part for change in changes for part in ("--set", change)), "--run-dir", "run")
+    assert code == 2
+    assert "`generation.tensor_parallel_size: 2` needs groups of 2 processes on one machine, and there is one" in said
+    assert "best-of-n: starting" not in said
 
 
 @pytest.mark.parametrize("recorded", [None, "vllm 0.32.0"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
-from rlhf_cli.distributed.ranks import is_main, local_world_size, world_size
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import DetectorStopError, UsageError
 from rlhf_cli.files import link_or_copy
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
@@ -26,7 +26,7 @@ from rlhf_cli.stages.common import (
     warn_of_rounding,
     write_contract,
 )
-from rlhf_cli.stages.generation import check_engine_groups, choose_generator
+from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
@@ -73,7 +73,6 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.training.monitoring.detectors.detectors import Detectors
 
     require_processes(context.recipe)
-    check_engine_groups(context.recipe.generation, world_size(), local_world_size())
     context = decide_precision(context)
     settings, is_sharded = context.settings, context.recipe.model.sharding != "none"
     start = context.inputs.policy.source
