@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_cli.errors import DiskError, DivergedError, HostMemoryError, ModelError, RLHFError
 
@@ -11,22 +11,27 @@ if TYPE_CHECKING:
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.distributed.subgroup import Subgroup
 
+T = TypeVar("T")
 _KINDS = (DiskError, DivergedError, HostMemoryError, ModelError)
 
 
-def agreed(work: Callable[[], None], processes: ProcessGroup | Subgroup | None) -> None:
+def agreed(work: Callable[[], T], processes: ProcessGroup | Subgroup | None) -> T:
     """Work in each process and wait for the others; the error of the first one that fails is raised in all of them.
 
     So none waits for one that has ended. Other errors than those of disk, divergence, host memory and models are raised
     at once, in this process alone.
 
     Args:
-        work: what this process does, maybe nothing.
+        work: what this process does, possibly nothing.
         processes: the processes of the run or of a group, all of which call this; None is this one alone.
+
+    Returns:
+        What this process's own work returned.
     """
     failure: RLHFError | None = None
+    found: list[T] = []
     try:
-        work()
+        found.append(work())
     except _KINDS as error:
         failure = error
     if processes is not None:
@@ -36,6 +41,7 @@ def agreed(work: Callable[[], None], processes: ProcessGroup | Subgroup | None) 
             failure = _KINDS[told[0]](told[1], hint=told[2])
     if failure is not None:
         raise failure
+    return found[0]
 
 
 def _kind(error: Exception) -> int:

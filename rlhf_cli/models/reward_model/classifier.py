@@ -110,10 +110,9 @@ def read_head(source: ModelSource) -> tuple[Tensor, Tensor]:
         ModelError: see `load_classifier`; also if there is no stored head.
     """
     plan = _plan(source)
-    own = _own_head(empty_model(plan.kind, source, plan.config), source.path)
-    weight, bias = f"{own.name}.weight", f"{own.name}.bias"
+    weight, bias = f"{plan.own.name}.weight", f"{plan.own.name}.bias"
     check_has_head(weight in plan.checkpoint.shapes, source.path)
-    stored_bias = plan.checkpoint.read(bias) if own.has_bias else plan.bias
+    stored_bias = plan.checkpoint.read(bias) if plan.own.has_bias else plan.bias
     return plan.checkpoint.read(weight), torch.zeros(1) if stored_bias is None else stored_bias
 
 
@@ -141,10 +140,16 @@ def check_classifier(source: ModelSource) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a classifier is loaded; see `Classifier` and `load_weights`. `is_stored`: its checkpoint has the head."""
+    """How a classifier is loaded; see `Classifier` and `load_weights`.
+
+    Attributes:
+        own: the head of its class.
+        is_stored: whether its checkpoint has the head.
+    """
 
     kind: type
     config: PretrainedConfig
+    own: _OwnHead
     checkpoint: Checkpoint
     is_encoder: bool
     has_head: bool
@@ -177,7 +182,7 @@ def _plan(source: ModelSource) -> _Plan:
         checkpoint, bias = _use_head(checkpoint, head, own, source.path)
     # The head that an adapter was trained with takes the place of the base's.
     has_base_head = head is not None or is_classifier(config)
-    return _Plan(kind, config, checkpoint, is_encoder, found is not None or has_base_head, has_base_head, bias)
+    return _Plan(kind, config, own, checkpoint, is_encoder, found is not None or has_base_head, has_base_head, bias)
 
 
 @dataclass(frozen=True)

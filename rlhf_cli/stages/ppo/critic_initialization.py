@@ -7,13 +7,14 @@ carries the reason why one cannot be used, for messages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from rlhf_cli.distributed.agreement import agreed
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.backbone import reads_groups
@@ -21,7 +22,6 @@ from rlhf_cli.models.loading import ModelSource, context_length, load_config, lo
 from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
-from rlhf_cli.models.reward_model.loading import load_reward_model
 from rlhf_cli.models.sharded_loading import NotShardedError, open_model
 from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
@@ -122,7 +122,6 @@ def model_from_reward(
     policy: PreTrainedModel,
     reward_path: str | None,
     *,
-    template: str | None,
     longest: int,
     is_sharded: bool = False,
 ) -> FullCritic:
@@ -132,7 +131,6 @@ def model_from_reward(
         source: where the policy comes from.
         policy: the loaded policy.
         reward_path: folder or hub id of the reward model, or None.
-        template: prompt template, see `load_reward_model`.
         longest: maximum tokens of a prompt with its completion.
         is_sharded: divide the weights among the processes; all call this then.
 
@@ -142,42 +140,25 @@ def model_from_reward(
     if reward_path is None:
         raise DoesNotFit("there is no reward model")
     given = source.at(reward_path).in_full()
-    config = read_reward_config(given.folder)
-    base = given if config is None or not config.adapter else config.base_source(given)
+    config, base, adapter = read_reward_config(given.folder), given, None
+    if config is not None and config.adapter:
+        base, adapter = config.base_source(given), given.folder / ADAPTER_FOLDER
     if policy.config.is_encoder_decoder:
         raise DoesNotFit("the policy is an encoder-decoder, and no reward model reads completions as its decoder does")
     if check_reward_config(load_config(base), base.path):
         raise DoesNotFit(f"`{reward_path}` is an encoder, which reads a completion as a whole, not token by token")
-    _check_tokens(source, given, f"`{reward_path}`")
-    read = _read_sharded(given, base, config) if is_sharded else _read_whole(given, template)
-    _check_reading(policy, read[0], f"`{reward_path}`", longest)
-    return FullCritic(*read)
-
-
-def _read_whole(source: ModelSource, template: str | None) -> tuple[PreTrainedModel, Head]:
-    """Return a reward model's backbone and its head in the normalized scale, ((w h + b) - mean) / std."""
-    reward_model = load_reward_model(source, template=template)
-    if reward_model.is_adapter:
-        merge_lora(reward_model.model)
-    head = reward_model.head
-    with torch.no_grad():
-        bias: Tensor = reward_model.bias if head.bias is None else reward_model.bias + head.bias
-        weight, bias = head.weight.float(), (bias.float() - reward_model.mean) / reward_model.std
-    return reward_model.backbone, (weight / reward_model.std, bias)
-
-
-def _read_sharded(
-    source: ModelSource, base: ModelSource, config: RewardModelConfig | None
-) -> tuple[PreTrainedModel, Head]:
-    """Return what `_read_whole` returns, with the backbone divided among the processes.
-
-    The classifier is not made: its head would be divided with the backbone.
-    """
-    adapter = None
-    if config is not None and config.adapter:
-        config.check_base(source.folder)
-        adapter = source.folder / ADAPTER_FOLDER
-    return _load_backbone(base, adapter, is_sharded=True), load_reward_head(source, config)
+    name = f"`{reward_path}`"
+    _check_tokens(source, given, name)
+    _check_reading(policy, load_config(base), name, longest)
+    if config is not None and adapter is not None:
+        config.check_base(given.folder)
+    head = _in_all(lambda: load_reward_head(given, config), is_sharded=is_sharded)
+    try:
+        model = _load_backbone(base, adapter, is_sharded=is_sharded)
+    except NotShardedError as error:
+        raise DoesNotFit(error.message) from error
+    _check_groups(policy, model, name)
+    return FullCritic(model, head)
 
 
 def model_from_folder(
@@ -192,17 +173,24 @@ def model_from_folder(
     config = read_critic_config(folder)
     _refuse_head(config, folder)
     given = source.at(str(folder)).in_full()
+    base, adapter = given, None
     if config.kind == "adapter":
-        if (base := config.base_path(folder)) is None:
+        if (path := config.base_path(folder)) is None:
             raise ModelError(f"the critic in {folder} is an adapter, but its critic.json names no base model")
         config.check_base(folder)
-        on = replace(given.at(base), revision=config.base_revision)
-        model = _load_backbone(on, folder, is_sharded=is_sharded)
-    else:
-        model = _load_backbone(given, is_sharded=is_sharded)
-    _check_tokens(source, given, f"the critic in {folder}")
-    _check_reading(policy, model, f"the critic in {folder}", longest)
-    return FullCritic(model, load_value_head(folder))
+        base, adapter = replace(given.at(path), revision=config.base_revision), folder
+    name = f"the critic in {folder}"
+    _check_tokens(source, given, name)
+    _check_reading(policy, load_config(base), name, longest)
+    head = _in_all(lambda: load_value_head(folder), is_sharded=is_sharded)
+    model = _load_backbone(base, adapter, is_sharded=is_sharded)
+    _check_groups(policy, model, name)
+    return FullCritic(model, head)
+
+
+def _in_all(read: Callable[[], Head], *, is_sharded: bool) -> Head:
+    """Read a head; where all processes go on to read shards together, an error of one ends all."""
+    return agreed(read, ProcessGroup() if is_sharded else None)
 
 
 def _load_backbone(source: ModelSource, adapter: Path | None = None, *, is_sharded: bool) -> PreTrainedModel:
@@ -215,7 +203,7 @@ def _load_backbone(source: ModelSource, adapter: Path | None = None, *, is_shard
 
     Raises:
         ModelError: a file is missing or damaged, or a process cannot read it.
-        DoesNotFit: the model cannot be sharded.
+        NotShardedError: the model cannot be sharded.
     """
     source = source.in_full()
     if not is_sharded:
@@ -224,10 +212,7 @@ def _load_backbone(source: ModelSource, adapter: Path | None = None, *, is_shard
             load_adapter(model, adapter)
             merge_lora(model)
         return model
-    try:
-        unread = open_model(AutoModel, source, load_config(source))
-    except NotShardedError as error:
-        raise DoesNotFit(error.message) from error
+    unread = open_model(AutoModel, source, load_config(source))
     if adapter is not None:
         load_adapter(unread.model, adapter)
     unread.model.requires_grad_(True)  # which weights are trained must not change after they are divided
@@ -240,16 +225,21 @@ def _check_tokens(source: ModelSource, other: ModelSource, name: str) -> None:
         raise DoesNotFit(f"{name} has a different tokenizer from `{source.path}`")
 
 
-def _check_reading(policy: PreTrainedModel, critic: PreTrainedModel, name: str, longest: int) -> None:
-    """Require a critic that can read the batches that the policy reads."""
-    if policy.config.is_encoder_decoder != critic.config.is_encoder_decoder:
+def _check_reading(policy: PreTrainedModel, config: PretrainedConfig, name: str, longest: int) -> None:
+    """Require a critic whose config says that it can read the texts that the policy reads."""
+    if policy.config.is_encoder_decoder != config.is_encoder_decoder:
         raise DoesNotFit(f"only one of {name} and the policy is an encoder-decoder")
-    rows, needed = (len(model.get_input_embeddings().weight) for model in (critic, policy))  # pyright: ignore[reportArgumentType]
+    rows: int = config.get_text_config(decoder=True).vocab_size
+    needed = len(policy.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
     if rows < needed:
         raise DoesNotFit(f"{name} has embeddings for {rows:,} tokens, but the policy's vocabulary has {needed:,}")
-    if (max_length := context_length(critic.config)) < longest:
+    if (max_length := context_length(config)) < longest:
         raise DoesNotFit(
             f"{name} reads at most {max_length:,} tokens, but a prompt with its completion may have {longest:,}"
         )
+
+
+def _check_groups(policy: PreTrainedModel, critic: PreTrainedModel, name: str) -> None:
+    """Require a critic that can read the batches of the policy."""
     if reads_groups(policy) and not reads_groups(critic):
         raise DoesNotFit(f"{name} does not support the attention backend with which the policy reads its batches")

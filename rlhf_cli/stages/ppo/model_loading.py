@@ -110,7 +110,7 @@ def load_ppo_models(
     unread = open_policy(source if is_lora else source.in_full()) if is_sharded else None
     policy = load_policy(source if is_lora else source.in_full()) if unread is None else unread.model
     longest = context_length(policy.config) if longest is None else longest
-    critic, note = _critic(source, policy, settings, reward_path, template, longest, is_sharded=is_sharded)
+    critic, note = _critic(source, policy, settings, reward_path, longest, is_sharded=is_sharded)
     reward = None
     if is_lora:
         models, reward = _on_shared_backbone(source, policy, settings, critic, seed, reward_path, unread)
@@ -196,7 +196,6 @@ def _critic(
     policy: PreTrainedModel,
     settings: PPOSettings,
     reward_path: str | None,
-    template: str | None,
     longest: int,
     *,
     is_sharded: bool,
@@ -214,7 +213,7 @@ def _critic(
                 critic = critic_start.adapter_from_reward(source, reward_path)
             else:
                 critic = critic_start.model_from_reward(
-                    source, policy, reward_path, template=template, longest=longest, is_sharded=is_sharded
+                    source, policy, reward_path, longest=longest, is_sharded=is_sharded
                 )
             return critic, "the critic starts from the reward model"
         except DoesNotFit as reason:
