@@ -78,6 +78,15 @@ def _check_address(url: str | None) -> str | None:
     return url
 
 
+def _check_folder_url(url: str | None) -> str | None:
+    if url is not None and (not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^?#]+", url) or url.startswith("http")):
+        raise ValueError(
+            "expected the URL of a folder that can be written, such as s3://bucket/runs/mine, gs://... or "
+            "file:///mnt/runs/mine"
+        )
+    return url
+
+
 def _check_variable(name: str | None) -> str | None:
     # The value is not repeated in the message: it may be the token itself.
     if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
@@ -97,4 +106,5 @@ DataName = Annotated[str | None, External("data")]
 FileName = Annotated[str | None, External("file")]
 FunctionName = Annotated[str | None, External("function")]
 Address = Annotated[str | None, AfterValidator(_check_address)]
+FolderURL = Annotated[str | None, AfterValidator(_check_folder_url), EffortOnly()]
 VariableName = Annotated[str | None, AfterValidator(_check_variable)]
