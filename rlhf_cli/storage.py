@@ -6,7 +6,9 @@ Drivers, such as s3fs, are packages of their own. They read credentials where th
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,6 +44,11 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
+def has_password(url: str) -> bool:
+    """Whether a URL has a password, as in `sftp://name:password@host/folder`."""
+    return re.match("[^/]*://[^/@]*:[^/@]*@", url) is not None
+
+
 class Storage:
     """A folder behind a URL.
 
@@ -50,10 +57,15 @@ class Storage:
 
     Raises:
         StorageError: the driver is not installed.
-        UsageError: fsspec knows no such URL.
+        UsageError: fsspec knows no such URL, or it has a password.
     """
 
     def __init__(self, url: str) -> None:
+        if has_password(url):
+            raise UsageError(
+                f"{url.partition('://')[0]}://...: a password in a URL, which would be written to files",
+                hint="leave it out: credentials are read where the tools of the provider read them",
+            )
         self.url = url.rstrip("/")
         self._protocol = self.url.partition("://")[0]
         own: dict[str, Any] = {"auto_mkdir": True} if self._protocol in ("file", "local") else {}
@@ -176,7 +188,9 @@ class Storage:
         if "credential" in kind or "credential" in reason.lower():
             hint = _CREDENTIALS.get(driver, "see the documentation of its fsspec driver")
             return StorageError(f"{self.url}: no usable credentials: {reason}", hint=hint)
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StorageError(f"{self.url}: {reason}", hint="free disk space, or raise the quota", is_temporary=True)
+        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
             hint = "allow this machine to read, write, list and delete there, or use other credentials"
             return StorageError(f"{self.url}: access denied: {reason}", hint=hint)
         if isinstance(error, FileNotFoundError):

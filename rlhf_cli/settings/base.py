@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from rlhf_cli.storage import has_password
+
 
 class Section(BaseModel):
     """A section of a recipe: immutable; unknown keys, non-finite numbers and values of another type are errors."""
@@ -79,10 +81,12 @@ def _check_address(url: str | None) -> str | None:
 
 
 def _check_folder_url(url: str | None) -> str | None:
-    if url is not None and (not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^?#]+", url) or url.startswith("http")):
+    is_folder = url is None or (re.fullmatch(r"(?!http)[a-z][a-z0-9+.-]*://[^?#]+", url) and not has_password(url))
+    if not is_folder:
+        # The value is not repeated in the message: it may contain a password.
         raise ValueError(
-            "expected the URL of a folder that can be written, such as s3://bucket/runs/mine, gs://... or "
-            "file:///mnt/runs/mine"
+            "expected the URL of a folder that can be written, without a password, such as s3://bucket/runs/mine, "
+            "gs://... or file:///mnt/runs/mine"
         )
     return url
 

@@ -7,34 +7,27 @@ replaced when everything in it is there: at any moment it is the run directory a
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from rlhf_cli.console import working
 from rlhf_cli.distributed.signals import SignalStop
-from rlhf_cli.errors import RLHFError, RunInUseError, StorageError, UsageError
-from rlhf_cli.files import waiting_lock
+from rlhf_cli.errors import RunInUseError, StorageError, UsageError
 from rlhf_cli.pipeline.manifest import now
-from rlhf_cli.pipeline.remote.index import Index, Record, RemoteFile, new_id, read_index, read_record
+from rlhf_cli.pipeline.remote.index import Index, Record, new_id, read_index, read_record
 from rlhf_cli.pipeline.remote.restore import restore
-from rlhf_cli.pipeline.remote.snapshot import Seen, Taken, scan, take
+from rlhf_cli.pipeline.remote.snapshot import scan
+from rlhf_cli.pipeline.remote.upload import FAILURES, Uploader, locked
 from rlhf_cli.progress import say, warn
 from rlhf_cli.run_log import LOG
 from rlhf_cli.storage import Moved, Storage, transfer_bar
 
 POLL = 2.0
 """Seconds between two looks for new or removed files."""
-GROWTH = 15.0
-"""Seconds after which files that only grow are uploaded again."""
 _LONGEST_PAUSE = 300.0
-
-_Bar = Callable[[int], AbstractContextManager[Moved]]
 
 
 class RemoteCopy:
@@ -52,9 +45,7 @@ class RemoteCopy:
 
     def __init__(self, url: str, folder: Path, name: str) -> None:
         self._storage, self._folder, self._name = Storage(url), folder, name
-        self._hashed: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._synced: Mapping[str, Seen] = {}
-        self._synced_at = 0.0
+        self._uploader = Uploader(self._storage, folder, name)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -71,7 +62,7 @@ class RemoteCopy:
             StorageError: the storage cannot be used.
             UsageError: the copy is of another run, or another machine has continued it.
         """
-        with self._locked():
+        with locked(self._folder):
             with working(f"reading {self._url} ..."):
                 index, known = read_index(self._storage), read_record(self._folder)
             if known is not None and known.url != self._url:
@@ -133,11 +124,12 @@ class RemoteCopy:
         if self._failure is not None:
             raise self._failure
         try:
-            is_whole = self._sync(lambda total: transfer_bar(f"uploading to {self._url}", total))
-        except StorageError as error:
+            is_whole = self._uploader.upload(lambda total: transfer_bar(f"uploading to {self._url}", total))
+        except FAILURES as error:
+            hint = f"{error.hint}; then " if isinstance(error, StorageError) and error.hint is not None else ""
             raise StorageError(
-                f"the remote copy is behind {self._folder}: {error.message}",
-                hint=f"{error.hint or 'see above'}; then run the same command again, which uploads what is missing",
+                f"the remote copy is behind {self._folder}: {error}",
+                hint=f"{hint}run the same command again, which uploads what is missing",
             ) from error
         if not is_whole:
             raise StorageError(
@@ -158,19 +150,22 @@ class RemoteCopy:
         pause, failures = POLL, 0
         while not self._closing.wait(pause):
             try:
-                is_whole = not self._is_due() or self._sync(self._count)
-            except StorageError as error:
+                is_whole = not self._uploader.is_due() or self._uploader.upload(self._count)
+            except FAILURES as error:
                 failures += 1
                 pause = min(POLL * 2**failures, _LONGEST_PAUSE)
-                hint = "" if error.hint is None else f" ({error.hint})"
+                hint = f" ({error.hint})" if isinstance(error, StorageError) and error.hint is not None else ""
                 again = f"the run goes on; trying again in {pause:.0f} s"
-                warn(f"the remote copy is behind: {error.message}{hint}; {again}")
-            except Exception as error:  # raised by `finish`
+                warn(f"the remote copy is behind: {error}{hint}; {again}")
+            except RunInUseError as error:
                 self._failure = error
-                if isinstance(error, RLHFError):
-                    warn(error.message)
+                warn(error.message)
                 if stop is not None:
                     stop.request()
+                return
+            except Exception as error:  # raised by `finish`
+                self._failure = error
+                warn(f"the remote copy is not updated any more: {error}; the run goes on, and ends with this error")
                 return
             else:
                 if failures and is_whole:
@@ -190,89 +185,3 @@ class RemoteCopy:
             yield moved
         finally:
             self._left = 0
-
-    def _is_due(self) -> bool:
-        """Whether files came, went or were replaced; or, after some time, grew."""
-        found = scan(self._folder)
-        if found is None:
-            return False
-        if {path: one.inode for path, one in found.items()} != {path: one.inode for path, one in self._synced.items()}:
-            return True
-        has_grown = any(one != self._synced[path] for path, one in found.items() if path != LOG)
-        return has_grown and time.monotonic() - self._synced_at > GROWTH
-
-    def _sync(self, bar: _Bar) -> bool:
-        """Upload what is new; False if the files kept changing."""
-        with self._locked():
-            index = self._own_index()
-            links = self._folder / ".remote.links"
-            found = take(self._folder, links, lambda *file: self._is_there(index, *file))
-            if found is None:
-                return False
-            seen, taken = found
-            files = self._files(index, seen, taken)
-            before = {file["key"] for file in index.files.values()}
-            uploads = [path for path, file in files.items() if file["key"] not in before]
-            if files != index.files or index.garbage:
-                new = [files[path]["key"] for path in uploads]
-                replace(index, garbage=sorted({*index.garbage, *new})).write(self._storage)
-                with bar(sum(files[path]["bytes"] for path in uploads)) as moved:
-                    for path in uploads:
-                        self._storage.upload(taken[path].content, files[path]["key"], moved)
-                if any(taken[path].size != files[path]["bytes"] for path in uploads):
-                    return False
-                garbage = {*index.garbage, *before} - {file["key"] for file in files.values()}
-                index = replace(self._own_index(), files=files, garbage=sorted(garbage), written=now())
-                index.write(self._storage)
-                if garbage:
-                    self._storage.delete(index.garbage)
-                    replace(index, garbage=[]).write(self._storage)
-            shutil.rmtree(links, ignore_errors=True)
-            self._synced, self._synced_at = seen, time.monotonic()
-            return True
-
-    def _is_there(self, index: Index, path: str, seen: Seen) -> bool:
-        state, digest = self._hashed.get(path, (None, None))
-        return state == seen.state and path in index.files and index.files[path]["sha256"] == digest
-
-    def _files(self, index: Index, seen: Mapping[str, Seen], taken: Mapping[str, Taken]) -> dict[str, RemoteFile]:
-        """Return the files of the next index; those whose content is there already keep their key."""
-        keys = {file["key"] for file in index.files.values()}
-        by_content = {file["sha256"]: file for file in index.files.values()}
-        files: dict[str, RemoteFile] = {}
-        for path, one in seen.items():
-            if path not in taken:
-                files[path] = index.files[path]
-                continue
-            digest, size = taken[path].sha256(), taken[path].size
-            self._hashed[path] = (one.state, digest)
-            earlier = index.files.get(path)
-            if (earlier is None or earlier["sha256"] != digest) and path.startswith("."):
-                earlier = by_content.get(digest)  # such as a checkpoint that was moved
-            if earlier is not None and earlier["sha256"] == digest:
-                files[path] = earlier
-            else:
-                files[path] = {
-                    "sha256": digest,
-                    "bytes": size,
-                    "key": f"{path}.{digest[:12]}" if path in keys else path,
-                }
-        return files
-
-    def _own_index(self) -> Index:
-        """Return the index; raises `RunInUseError` if another machine writes to the copy."""
-        known, index = read_record(self._folder), read_index(self._storage)
-        if known is None:
-            raise StorageError(f"{self._folder} has lost its record of {self._url}", hint="run the same command again")
-        if index is None:  # removed meanwhile
-            return Index(known.run, self._name, known.writer)
-        if index.writer != known.writer:
-            raise RunInUseError(
-                f"{self._url} was taken over by {index.host} at {index.written}; nothing more is uploaded from here",
-                hint=f"{self._folder} is intact; stop the run on one of the machines, and use one URL per run",
-            )
-        return index
-
-    def _locked(self) -> AbstractContextManager[None]:
-        """Wait until no other process of this machine reads or writes the copy of this run directory."""
-        return waiting_lock(self._folder / ".remote.lock")

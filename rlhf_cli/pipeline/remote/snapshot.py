@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from rlhf_cli.files import hash_file
+from rlhf_cli.files import hash_file, link_or_copy
 from rlhf_cli.pipeline.manifest import FILE_NAME
 
 _HIDDEN = re.compile(r"\.[a-z-]+\.(work|last|began\.json)")
@@ -26,7 +26,7 @@ _HIDDEN = re.compile(r"\.[a-z-]+\.(work|last|began\.json)")
 _PASSING = re.compile(r".*(\.tmp|\.partial|\.old|\.sqlite-\w+)")
 """Names that are there while something is written."""
 _SMALL = 16 << 20
-"""Bytes up to which a file is read at once; larger ones are not changed once they have their name, only removed."""
+"""Bytes up to which a file is kept in memory."""
 _TRIES, _PAUSE = 20, 0.05
 
 
@@ -103,7 +103,7 @@ def take(
 
     Args:
         folder: run directory.
-        links: folder for second names of large files, which keep them when a stage removes them; emptied first.
+        links: folder for large files, which keeps them when a stage removes or extends them; emptied first.
         is_known: whether the content of a file is not needed.
 
     Returns:
@@ -138,19 +138,22 @@ def _content(path: Path, link: Path, seen: Seen) -> bytes | Path:
         with closing(sqlite3.connect(uri, uri=True)) as store, closing(sqlite3.connect(":memory:")) as copy:
             store.backup(copy)
             return copy.serialize()
+    # Files that grow, such as metrics, had their first `seen.size` bytes at the moment of the listing.
     if seen.size <= _SMALL:
         with path.open("rb") as file:
-            content = file.read(seen.size)  # files that only grow have had exactly this content at that moment
+            content = file.read(seen.size)
         if len(content) < seen.size:
             raise _ShorterError
         return content
     link.parent.mkdir(exist_ok=True)
-    try:
-        os.link(path, link)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without hard links
-        return path
+    if path.suffix == ".safetensors":  # which never grow
+        link_or_copy(str(path), str(link))
+        return link
+    with path.open("rb") as whole, link.open("wb") as start:
+        shutil.copyfileobj(whole, start)
+        if start.tell() < seen.size:
+            raise _ShorterError
+        start.truncate(seen.size)
     return link
 
 
