@@ -147,9 +147,10 @@ class Storage:
 
         def download() -> None:
             with self._explained(), _counted(size or 0, moved) as callback:
-                if not self._files.exists(self._path(name)):
-                    raise _Missing
-                self._files.get_file(self._path(name), str(target), callback=callback)
+                try:
+                    self._files.get_file(self._path(name), str(target), callback=callback)
+                except FileNotFoundError:
+                    raise _Missing from None
 
         try:
             retried(download)
