@@ -157,6 +157,23 @@ class DiskError(RLHFError):
     exit_code = EXIT_DISK
 
 
+class StorageError(RLHFError):
+    """Storage behind a URL that cannot be used; what is on the disk of this machine is intact.
+
+    Args:
+        message: see `RLHFError`.
+        hint: likewise.
+        is_temporary: another attempt may succeed.
+    """
+
+    code = "storage"
+    exit_code = EXIT_DISK
+
+    def __init__(self, message: str, *, hint: str | None = None, is_temporary: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.is_temporary = is_temporary
+
+
 class HostMemoryError(RLHFError):
     """The machine has no memory for a copy that a setting asks for; the last good state is kept."""
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ else:
 
 _LOCKED_BYTE = 1 << 30
 """Windows forbids others to read what is locked; this byte is beyond the end of a lock file."""
+_LOCK_PAUSE = 0.1
 _LARGE = 2**24
 """Bytes from which a file's hash is kept for the process: inputs are hashed by the pipeline and by the stage."""
 
@@ -80,6 +82,19 @@ def lock(file: IO[Any], *, shared: bool = False) -> None:
         raise BlockingIOError(*error.args) from None
     finally:
         file.seek(position)
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Lock a file, created if needed, once no other process has locked it."""
+    with path.open("a") as file:
+        while True:
+            try:
+                lock(file)
+                break
+            except BlockingIOError:
+                time.sleep(_LOCK_PAUSE)
+        yield
 
 
 def fsync(target: IO[Any] | Path) -> None:

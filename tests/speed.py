@@ -66,8 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _record(event: str, arguments: tuple) -> None:
-    # matplotlib lists the fonts of a machine that it has not seen before, once, whichever test plots first.
-    if event in _PROCESS_EVENTS and arguments[0] != "fc-list":
+    # matplotlib lists the fonts of a machine that it has not seen before, once, whichever test plots first. A fork has
+    # no arguments.
+    if event in _PROCESS_EVENTS and arguments[:1] != ("fc-list",):
         _started.append(f"{event}{arguments[:2]}")
 
 

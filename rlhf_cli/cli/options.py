@@ -80,6 +80,7 @@ RUN_FLAGS = (
         "Attention backend, such as auto, triton or sdpa.",
         "NAME",
     ),
+    Flag("--remote", "remote", "Copy of the run in object storage, such as s3://bucket/runs/mine.", "URL"),
     Flag("--max-skip", "data.max_skip", "Maximum share of records to skip.", "SHARE", kind=float),
 )
 """Flags of every command that runs stages."""

@@ -117,6 +117,8 @@ def run_stages(
         show_outcome(result)
         if section is None:
             _report(folder, [row.name for row in result.stages])
+            if loaded.recipe.remote is not None:
+                _copy_report(folder)
     if given["as_json"]:
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
     elif not given["dry_run"]:
@@ -193,6 +195,14 @@ def _report(folder: Path, stages: Sequence[str]) -> None:
     say(f"{found.page.verdict.headline}: {found.page.verdict.reason}")
     say(f"report: {found.html}")
     say(f"talk to it: rlhf chat {word(folder)}")
+
+
+def _copy_report(folder: Path) -> None:
+    """Add the report and the end of the log to the remote copy."""
+    from rlhf_cli.pipeline.remote.attach import known_remote_copy
+
+    with known_remote_copy(folder):
+        pass
 
 
 def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override]:

@@ -81,6 +81,11 @@ class SignalStop:
         if self._signum is not None:
             raise Interrupted(self._signum, saves=self._saves())
 
+    def request(self) -> None:
+        """Ask for a stop as SIGTERM does, from another thread."""
+        if self._signum is None:
+            self._signum = signal.SIGTERM
+
     def __enter__(self) -> Self:
         for signum in STOP_SIGNALS:
             self._previous[signum] = signal.signal(signum, self._handle)

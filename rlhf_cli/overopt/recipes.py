@@ -73,6 +73,12 @@ class Recipes:
                 "`rlhf overopt` needs `data.prompts`: some of them are held out to measure on",
                 hint="specify a file, folder or hub data set with `--set data.prompts=PATH`",
             )
+        if recipe.remote is not None:
+            raise UsageError(
+                "`rlhf overopt` consists of many runs, which cannot share the copy of `remote`",
+                hint="remove `remote`, and copy the folder of the study when it is done",
+                setting="remote",
+            )
         if recipe.value("train_rm.members") > 1:
             raise UsageError(
                 "`rlhf overopt` needs `train_rm.members: 1`: best of n would go by one member, and PPO by all",

@@ -11,27 +11,38 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import DataError, ModelError, UsageError, raise_all
+from rlhf_cli.errors import DataError, ModelError, RLHFError, UsageError, raise_all
 from rlhf_cli.models.hub import check_model_name
 from rlhf_cli.pipeline.python_source import check_defined
+from rlhf_cli.pipeline.remote.fetch import fetch, url_of
 from rlhf_cli.recipe.document import KeyPath
-from rlhf_cli.recipe.fields import values
+from rlhf_cli.recipe.fields import dotted, values
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.base import External
 from rlhf_cli.stages.inputs import Input
+from rlhf_cli.storage import is_url
 
 
 def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     """Return the recipe with all local paths valid from the current directory, and the base model's revision in its
-    hub id."""
+    hub id. What is behind URLs is downloaded.
+
+    Raises:
+        RLHFError: a URL cannot be read.
+        UsageError: `model.path` names another revision than `model.revision`.
+    """
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
     for key_path, setting, value in values(loaded.recipe):
         if setting.external is None or value is None or not setting.external.applies_to(value):
             continue
-        find = _function if setting.external.what == "function" else _path
-        found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
+        find = _function if setting.external.what == "function" else _path_or_url
+        try:
+            found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
+        except RLHFError as error:  # of a download
+            error.message += f" (`{dotted(key_path)}`)"
+            raise
         if isinstance(found, str) and setting.external.what == "model" and value == loaded.recipe.model.path:
             found = _with_revision(found, loaded.recipe.model.revision)
         _put(plain, key_path, found)
@@ -50,7 +61,10 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _absolute(name: str) -> str:
-    """Return the absolute path of a local file, of `file.py:function` too; other names as they are."""
+    """Return the URL of what was downloaded, or the absolute path of a local file, of `file.py:function` too; other
+    names as they are."""
+    if (url := url_of(name)) is not None:
+        return url
     file, colon, function = name.partition(":") if ".py:" in name else (name, "", "")
     return f"{Path(file).absolute()}{colon}{function}" if Path(file).exists() else name
 
@@ -72,6 +86,10 @@ def _put(plain: Any, key_path: KeyPath, value: str | list[str]) -> None:
     for key in key_path[:-1]:
         plain = plain[key]
     plain[key_path[-1]] = value
+
+
+def _path_or_url(name: str, folder: Path) -> str:
+    return fetch(name) if is_url(name) else _path(name, folder)
 
 
 def _path(name: str, folder: Path) -> str:

@@ -62,7 +62,7 @@ def reproduce(folder: Path, again: Path) -> list[Reproduced]:
     _warn_of_versions(before)
     _copy_kept(folder, again)
     for stage in before:
-        loaded = load_recipe(recipe_of(folder, stage))
+        loaded = load_recipe(recipe_of(folder, stage), ["remote=null"])  # that is the copy of the first run
         runner.run(loaded, again, Selection(stage, stage, frozenset(), names_stages=False))
     after = _manifests(again)
     return [Reproduced(stage, one.content_digest, after[stage].content_digest) for stage, one in before.items()]

@@ -10,6 +10,7 @@
     runs/NAME/kept/evaluate/  earlier evaluations, each in a folder named by its fingerprint
     runs/NAME/.lock           locked while a process uses the run directory
     runs/NAME/.progress.json  how far a process is, for `rlhf watch`
+    runs/NAME/.remote.json    which copy in object storage it has (`rlhf_cli.pipeline.remote`)
     runs/NAME/log.txt         all messages of all attempts (`rlhf_cli.run_log`)
 
 `.ppo.output` is at the same depth as `ppo`, so that relative paths inside an artifact stay valid after the rename.

@@ -27,6 +27,7 @@ from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Planner, Step
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.record import Record, command_line
+from rlhf_cli.pipeline.remote.attach import remote_copy
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.selection import Selection, select
 from rlhf_cli.pipeline.stage_run import manifest_settings, run_stage, stage_context
@@ -122,12 +123,15 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     with (
         loaded.locating(),
         directory.lock(),
+        remote_copy(recipe.remote, folder, recipe.name) as copy,
         logged(folder / LOG, f"$ {command_line()}"),
         SignalStop(what_is_saved, show_under_bar, has_begun) as stop,
         disk_errors(folder),
         recorded(directory.progress_file),
     ):
         directory.recover()
+        if copy is not None:
+            copy.start(stop)
         if is_joined():  # on several machines, at once; on one, with the first stage: all may be up to date
             coordinator.begin()
         planner = Planner(recipe, directory, chosen, selection)

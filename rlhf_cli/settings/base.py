@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from rlhf_cli.storage import has_password
+
 
 class Section(BaseModel):
     """A section of a recipe: immutable; unknown keys, non-finite numbers and values of another type are errors."""
@@ -78,6 +80,17 @@ def _check_address(url: str | None) -> str | None:
     return url
 
 
+def _check_folder_url(url: str | None) -> str | None:
+    is_folder = url is None or (re.fullmatch(r"(?!http)[a-z][a-z0-9+.-]*://[^?#]+", url) and not has_password(url))
+    if not is_folder:
+        # The value is not repeated in the message: it may contain a password.
+        raise ValueError(
+            "expected the URL of a folder that can be written, without a password, such as s3://bucket/runs/mine, "
+            "gs://... or file:///mnt/runs/mine"
+        )
+    return url
+
+
 def _check_variable(name: str | None) -> str | None:
     # The value is not repeated in the message: it may be the token itself.
     if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
@@ -97,4 +110,5 @@ DataName = Annotated[str | None, External("data")]
 FileName = Annotated[str | None, External("file")]
 FunctionName = Annotated[str | None, External("function")]
 Address = Annotated[str | None, AfterValidator(_check_address)]
+FolderURL = Annotated[str | None, AfterValidator(_check_folder_url), EffortOnly()]
 VariableName = Annotated[str | None, AfterValidator(_check_variable)]

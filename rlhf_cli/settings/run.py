@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from rlhf_cli.settings.base import EffortOnly, Positive, Section
+from rlhf_cli.settings.base import EffortOnly, FolderURL, Positive, Section
 from rlhf_cli.settings.overopt import OveroptSettings
 from rlhf_cli.settings.shared import (
     DataSettings,
@@ -42,6 +42,9 @@ class RunSettings(Section):
     checkpoint_async: Annotated[bool, EffortOnly()] = False
     """Write the training checkpoints of `sft`, `train_rm` and `ppo` in the background, from a copy in host memory,
     while training goes on. The copy takes 12 bytes per trained weight, about 6 with `adamw-8bit`."""
+    remote: FolderURL = None
+    """Copy of the run directory in object storage, such as `s3://bucket/runs/mine`, kept up to date while stages run.
+    An empty run directory begins with what is there."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None
     """Seconds without progress after which a stage prints its stack traces and ends; null waits forever."""
 

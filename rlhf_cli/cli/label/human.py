@@ -223,18 +223,20 @@ def _open(
     """
     from rlhf_cli.labeling.session.types import SamplerStatus
     from rlhf_cli.pipeline.record import last_command
+    from rlhf_cli.pipeline.remote.attach import known_remote_copy
     from rlhf_cli.stages.label.human import waiting
 
     own = None if isinstance(sampling, OtherCommand) else sampling
     has_failed = threading.Event() if own is None else own.has_failed
     status = SamplerStatus(lambda: sampling.is_running, has_failed)
-    if interface.serve:
-        _serve(store, interface, status)
-    else:
-        resume = f"rlhf label --run-dir {word(run_dir)}"
-        if own is not None:  # which also samples
-            resume = last_command(run_dir) or resume
-        _open_terminal(store, interface.names()[0], status, resume_command=resume, afterwards=afterwards)
+    with known_remote_copy(run_dir):
+        if interface.serve:
+            _serve(store, interface, status)
+        else:
+            resume = f"rlhf label --run-dir {word(run_dir)}"
+            if own is not None:  # which also samples
+                resume = last_command(run_dir) or resume
+            _open_terminal(store, interface.names()[0], status, resume_command=resume, afterwards=afterwards)
     if own is not None:
         if _progress(store).growth is not None:
             own.stop()

@@ -206,6 +206,8 @@ def _no_files(folder: Path, entries: list[Path], names: set[str]) -> DataError:
 def _not_there(path: Path, source: str) -> DataError:
     parent = path.parent
     hint = "check the path; a hub data set is named `org/name`"
+    if "://" in source:
+        hint = "copy it to this machine; only the settings of a recipe, and options that stand for them, may be URLs"
     if parent.is_dir():
         near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
         if near:

@@ -1,0 +1,73 @@
+"""Commands that keep the remote copy of their run directory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_cli.errors import RLHFError, RunInUseError, StorageError
+from rlhf_cli.pipeline.remote.copy import RemoteCopy
+from rlhf_cli.pipeline.remote.index import read_record
+from rlhf_cli.progress import warn
+
+
+@contextlib.contextmanager
+def remote_copy(url: str | None, folder: Path, name: str) -> Iterator[RemoteCopy | None]:
+    """Keep the remote copy of a run directory: download what it has, then, after `start`, upload what is new.
+
+    Args:
+        url: of the copy; None if there is none.
+        folder: run directory, locked by this process.
+        name: `name` of the recipe.
+
+    Raises:
+        StorageError: the storage cannot be used, or at the end, the copy is behind.
+        UsageError: the copy is of another run, or another machine has continued it.
+        RunInUseError: another machine has taken over.
+    """
+    if url is None:
+        if (known := read_record(folder)) is not None:
+            warn(f"{folder} has a copy in {known.url}, which is not updated without `--remote {known.url}`")
+        yield None
+        return
+    copy = RemoteCopy(url, folder, name)
+    copy.begin()
+    with _ending(copy):
+        yield copy
+
+
+@contextlib.contextmanager
+def _ending(copy: RemoteCopy) -> Iterator[None]:
+    try:
+        yield
+    except RLHFError as error:
+        try:
+            copy.finish()
+        except StorageError as behind:
+            warn(f"{behind.message} ({behind.hint})")
+        except RunInUseError as taken:
+            raise taken from error
+        raise
+    except BaseException:  # a mistake in rlhf, or a second Ctrl-C
+        copy.abandon()
+        raise
+    copy.finish()
+
+
+@contextlib.contextmanager
+def known_remote_copy(folder: Path) -> Iterator[None]:
+    """Keep the remote copy that a run directory has, if it has one, beside whatever other process works in it.
+
+    Raises:
+        StorageError: at the end, the copy is behind.
+        RunInUseError: another machine has taken over.
+    """
+    known = read_record(folder)
+    if known is None or not known.is_whole:
+        yield
+        return
+    copy = RemoteCopy(known.url, folder, "")
+    copy.start()
+    with _ending(copy):
+        yield

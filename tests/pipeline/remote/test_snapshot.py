@@ -1,0 +1,112 @@
+"""Snapshots of a run directory in which files grow, come and go."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from rlhf_cli.files import append
+from rlhf_cli.pipeline.remote.attach import known_remote_copy, remote_copy
+from rlhf_cli.pipeline.remote.index import INDEX
+from rlhf_cli.pipeline.remote.snapshot import scan, take
+from rlhf_cli.storage import Storage
+from tests.pipeline.remote.faulty_storage import URL, copied, folder_with, index, keys, stored
+
+
+def test_labels_in_a_log_of_sqlite_are_copied(tmp_path: Path):
+    folder = folder_with(tmp_path / "one", kept__label__verdicts="{}\n")
+    with closing(sqlite3.connect(folder / "kept/label/labels.sqlite", isolation_level=None)) as store:
+        store.execute("PRAGMA journal_mode = WAL")
+        store.execute("CREATE TABLE labels (text)")
+        with remote_copy(URL, folder, "toy") as copy:
+            assert copy is not None
+            copy.finish()
+            store.execute("INSERT INTO labels VALUES ('better')")
+            copy.finish()
+            copied_then = stored()["kept/label/labels.sqlite"]
+        store.execute("INSERT INTO labels VALUES ('best')")
+        with known_remote_copy(folder):
+            pass
+        copied(tmp_path / "two")
+    with closing(sqlite3.connect(tmp_path / "two/kept/label/labels.sqlite")) as store:
+        assert store.execute("SELECT text FROM labels").fetchall() == [("better",), ("best",)]
+    (tmp_path / "then.sqlite").write_bytes(copied_then)
+    with closing(sqlite3.connect(tmp_path / "then.sqlite")) as store:
+        assert store.execute("SELECT text FROM labels").fetchall() == [("better",)]
+    assert set(index().files) == {"kept/label/verdicts", "kept/label/labels.sqlite"}
+
+
+def test_a_snapshot_has_what_a_growing_file_had(tmp_path: Path, monkeypatch):
+    folder = folder_with(tmp_path, a="one\n", b="two\n")
+    seen = scan(folder)
+
+    def grows(path, one):
+        append(folder / "b", b"more\n")
+        return False
+
+    found = take(folder, folder / ".remote.links", grows)
+    assert found is not None
+    assert {path: one.content for path, one in found[1].items()} == {"a": b"one\n", "b": b"two\n"}
+    assert found[0] == seen
+
+
+def test_a_snapshot_in_which_a_file_was_removed_is_taken_again(tmp_path: Path):
+    folder = folder_with(tmp_path, one="1", two="2")
+    asked: list[str] = []
+
+    def removes(path, one):
+        if len(asked) == 1:
+            (folder / asked[0]).unlink()
+            folder_with(folder, new="new")
+        asked.append(path)
+        return False
+
+    found = take(folder, folder / ".remote.links", removes)
+    assert found is not None
+    assert set(found[0]) == set(found[1]) == {"new", asked[1]}, "never the file of before and that of after"
+
+
+def test_a_large_file_is_copied_though_it_is_removed_meanwhile(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "one"
+    large = folder / ".ppo.work/step-1/tensors.safetensors"
+    large.parent.mkdir(parents=True)
+    large.write_bytes(b"0" * (20 << 20))
+    real = Storage.upload
+
+    def removed_first(self, content, name, moved):
+        shutil.rmtree(large.parent, ignore_errors=True)
+        real(self, content, name, moved)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "upload", removed_first)
+        copied(folder)
+    assert stored() == {".ppo.work/step-1/tensors.safetensors": b"0" * (20 << 20)}
+    assert not (folder / ".remote.links").exists()
+    copied(folder)
+    assert stored() == {}
+    assert keys() == {INDEX}
+
+
+def test_no_snapshot_is_taken_while_an_artifact_moves_to_its_place(tmp_path: Path):
+    folder = folder_with(tmp_path, **{".ppo.output__manifest.json": "{}", ".ppo.work__step": "1"})
+    assert scan(folder) is None
+    shutil.rmtree(folder / ".ppo.output")
+    assert set(scan(folder) or ()) == {".ppo.work/step"}
+
+
+def test_a_large_file_is_taken_as_it_was_when_it_was_listed(tmp_path: Path):
+    folder, lines = folder_with(tmp_path), b"0123456789abcdef" * (20 << 16)
+    (folder / "metrics.jsonl").write_bytes(lines)
+
+    def grows(path, one):
+        append(folder / "metrics.jsonl", b"more")
+        return False
+
+    found = take(folder, folder / ".remote.links", grows)
+    assert found is not None
+    taken = found[1]["metrics.jsonl"]
+    append(folder / "metrics.jsonl", b"and more")
+    assert isinstance(taken.content, Path)
+    assert taken.content.read_bytes() == lines
