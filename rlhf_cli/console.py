@@ -20,9 +20,11 @@ from rlhf_cli.verbosity import is_quiet
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType, RenderResult
     from rich.progress import Progress
     from rich.progress import Task as RichTask
+
+    from rlhf_cli.bar_text import BarText
 
 
 def interactive() -> bool:
@@ -142,6 +144,22 @@ def bar_of_tasks(console: Console) -> Progress:
         def render(self, task: RichTask) -> Text:
             return Text(task.fields["owner"].time_text(), style="progress.remaining")
 
+    class EndText:
+        """As much of a `BarText` as there is room for."""
+
+        def __init__(self, text: BarText) -> None:
+            self._text = text
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            fitted = self._text.fitted(options.max_width)
+            yield Text(fitted, style="dim", no_wrap=True, overflow="ellipsis")
+
+    class EndColumn(ProgressColumn):
+        """What is done and was measured, as `owner` says."""
+
+        def render(self, task: RichTask) -> EndText:
+            return EndText(task.fields["owner"].text())
+
     class Bar(Progress):
         """Leaves columns free at the right, and shows `_Notice.texts` below."""
 
@@ -170,6 +188,6 @@ def bar_of_tasks(console: Console) -> Progress:
         TextColumn("{task.fields[count]}", style="progress.download", table_column=column()),
         TextColumn("{task.fields[rate]}", table_column=column()),
         TimeColumn(table_column=column()),
-        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
+        EndColumn(table_column=Column(no_wrap=True, ratio=1)),
     )
     return Bar(*columns, console=console, transient=False, expand=True)

@@ -13,12 +13,13 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from rlhf_cli.bar_text import BarText
 from rlhf_cli.console import bar_of_tasks, console, interactive
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.durations import format_clock, format_duration
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+_NO_TEXT = BarText()
+
+
 @dataclass(frozen=True)
 class _Inside:
     """What is known of the units that are running; see `Task.within`."""
 
     units: float = 0.0
-    doing: str = ""
-    rate: str = ""
+    text: BarText = _NO_TEXT
+    unit_left: float | None = None
     left: float | None = None
     is_guess: bool = True
 
@@ -74,7 +78,7 @@ class Task:
         return self._before + self._of_all(self._own - self._undone)
 
     def advance(self, units: int = 1, note: str | None = None) -> None:
-        """Count `units` of this process as done; `note` replaces the text at the end of the bar."""
+        """Count `units` of this process as done; `note` replaces what the bar says was measured, see `BarText`."""
         self._own += units
         self._note = self._note if note is None else note
         if units:
@@ -93,8 +97,10 @@ class Task:
         units: float,
         doing: str,
         *,
+        amount: str = "",
         ended: int = 0,
         rate: str = "",
+        unit_left: float | None = None,
         left: float | None = None,
         is_guess: bool | None = None,
     ) -> None:
@@ -103,13 +109,17 @@ class Task:
         Args:
             units: how much of them is done, in units of this process, such as 0.25 of a step.
             doing: what is being done, in a few words.
+            amount: how much of that is done.
             ended: units of this process to count as done, as `advance` does.
             rate: how fast.
+            unit_left: seconds left of the unit that is running, if it is to be shown.
             left: seconds left of the whole task; None takes the time per unit so far, parts of units included.
             is_guess: whether the time left rests on more than what was measured; None where no unit is done.
         """
         self._own += ended
-        self._inside = _Inside(units * self.per_own, doing, rate, left, not self._ran if is_guess is None else is_guess)
+        text = BarText(doing, amount, rate=rate)
+        is_guess = not self._ran if is_guess is None else is_guess
+        self._inside = _Inside(units * self.per_own, text, unit_left, left, is_guess)
         self._move()
         self._show()
 
@@ -131,12 +141,12 @@ class Task:
 
     def _line(self) -> str:
         """Return what a log says while the work goes on."""
-        known, inside = self._left(), self._inside
+        known = self._left()
         if known is None:
             left = f"{self.so_far} so far"
         else:
             left = f"{'~' if known[1] else 'about '}{format_duration(known[0])} left"
-        doing = _listed(inside.doing, inside.rate)
+        doing = str(replace(self.text(), note=""))
         parts = [f"{self._done:,} of {_counted(self._total, self._unit)}", doing, left, self._note]
         return ", ".join(part for part in parts if part)
 
@@ -150,13 +160,17 @@ class Task:
         return format_duration(time.monotonic() - self._began)
 
     def _fields(self) -> dict[str, Any]:
-        """Return the texts of the bar."""
-        inside = self._inside
-        return {
-            "count": f"{self._done:,}/{self._total:,}",
-            "rate": "" if inside.doing else self._rate(),
-            "note": escape(_listed(inside.doing, inside.rate, self._note)),
-        }
+        """Return the texts of the bar that change with the work alone."""
+        is_told = bool(self._inside.text.doing)
+        return {"count": f"{self._done:,}/{self._total:,}", "rate": "" if is_told else self._rate()}
+
+    def text(self) -> BarText:
+        """Return the text at the end of the bar."""
+        inside, ends = self._inside, ""
+        if inside.unit_left is not None:
+            left = max(inside.unit_left - (time.monotonic() - self._moved), 0.0)
+            ends = f"{'~' if inside.is_guess else ''}{format_clock(left)} in {self._unit.removesuffix('s')}"
+        return replace(inside.text, ends=ends, note=self._note)
 
     def _rate(self) -> str:
         """Return units per second, without units of an earlier attempt; "" where there are none."""
@@ -178,13 +192,13 @@ class Task:
 
     def as_json(self) -> dict[str, Any]:
         """Return what the bar shows, for another process; `seconds_left` is null until it can be estimated."""
-        known, inside = self._left(), self._inside
+        known = self._left()
         return {
             "label": self._label,
             "done": self._done,
             "total": self._total,
             "unit": self._unit,
-            "doing": _listed(inside.doing, inside.rate, self._note),
+            "doing": str(self.text()),
             "seconds_left": None if known is None else round(known[0], 1),
             "is_guess": known is not None and known[1],
         }
@@ -192,7 +206,7 @@ class Task:
     def until_saved(self) -> str:
         """Return after what a request to stop is honored, and when: the step, batch or token that is under way."""
         if self._unit != "steps":
-            batch = f"the current {'token' if self._inside.doing else 'batch'} of {self._label}"
+            batch = f"the current {'token' if self._inside.text.doing else 'batch'} of {self._label}"
             if self._between is None:
                 return f"{batch}, the first; how long it takes is not known yet"
             left = self._between - (time.monotonic() - self._moved)
@@ -220,10 +234,6 @@ class Task:
             return so_far
         known = self._left()
         return f"{so_far} so far" if known is None else f"{'~' if known[1] else ''}{format_clock(known[0])} left"
-
-
-def _listed(*texts: str) -> str:
-    return " \u00b7 ".join(text for text in texts if text)
 
 
 def _counted(count: int, units: str) -> str:

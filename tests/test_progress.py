@@ -165,6 +165,46 @@ def test_ctrl_c_leaves_the_bar_on_the_screen_once(width, monkeypatch):
     assert "SIGINT" not in screen.getvalue(), "the next bar has nothing to say of it"
 
 
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (60, "ppo ━━━━━━━━━━━━ 1/40  32:07 left updating \u00b7 reward 0.09"),
+        (80, "ppo ━━━━━━━━━━━━ 1/40  32:07 left updating \u00b7 reward 0.09  kl 0.0"),
+        (100, "ppo ━━━━━━━━━━━━ 1/40  32:07 left updating \u00b7 0:08 in step \u00b7 reward 0.09  kl 0.0  len 22"),
+        (
+            120,
+            "ppo ━━━━━━━━━━━━ 1/40  32:07 left updating \u00b7 0:08 in step"
+            " \u00b7 reward 0.09  kl 0.0  len 22  clip 0.01",
+        ),
+        (
+            130,
+            "ppo ━━━━━━━━━━━━ 1/40  32:07 left updating 1,095/1,460 tokens \u00b7 0:08 in step \u00b7 "
+            "reward 0.09  kl 0.0  len 22  clip 0.01",
+        ),
+        (
+            150,
+            "ppo ━━━━━━━━━━━━ 1/40  32:07 left updating 1,095/1,460 tokens \u00b7 0:08 in step \u00b7 15 tokens/s"
+            " \u00b7 reward 0.09  kl 0.0  len 22  clip 0.01",
+        ),
+    ],
+)
+def test_a_bar_leaves_out_what_matters_least_and_cuts_nothing(width, expected, monkeypatch, clock):
+    screen = io.StringIO()
+    watched = Messages(file=screen, force_terminal=True, width=width, get_time=lambda: clock[0])
+    monkeypatch.setattr(progress, "console", watched)
+    monkeypatch.setattr(progress, "interactive", lambda: True)
+    with progress.task("ppo", 40) as task:
+        task.advance(1, note="reward 0.09  kl 0.0  len 22  clip 0.01")
+        for moved in (1.0, 2.0):
+            task.within(
+                0.5, "updating", amount="1,095/1,460 tokens", rate="15 tokens/s",
+                unit_left=10.0, left=1929.0, is_guess=False,
+            )  # fmt: skip
+            clock[0] += moved
+        task._bar.refresh()
+        assert screen_of(screen.getvalue(), width)[0].replace("╸", "━") == expected
+
+
 def test_what_is_waited_for_follows_the_bar(monkeypatch, clock):
     """Ctrl-C right after the first step began, when nothing is known; the bar knows more a little later."""
     screen = io.StringIO()

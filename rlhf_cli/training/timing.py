@@ -303,22 +303,22 @@ class StepWatch:
         if inner is None or bar is None:
             return
         now, guess = time.monotonic(), self._estimate.is_guess
-        doing, rate = inner.doing, ""
+        doing, amount, rate = inner.doing, "", ""
         if inner.done and inner.total:
-            doing = f"{doing} {min(inner.done, inner.total):,.0f}/{inner.total:,.0f} {inner.unit}"
+            amount = f"{min(inner.done, inner.total):,.0f}/{inner.total:,.0f} {inner.unit}"
             per_second = inner.done / max(now - inner.began, 1e-9)
             rate = f"{per_second:,.0f} {inner.unit}/s"
             if self._began is None:  # an evaluation before the first step
-                doing = f"{doing} \u00b7 {format_clock(max(inner.total - inner.done, 0) / per_second)} to go"
+                amount = f"{amount} \u00b7 {format_clock(max(inner.total - inner.done, 0) / per_second)} to go"
         left = self._estimate.step_left(now)
-        if left is not None:
-            doing = f"{doing} \u00b7 {'~' if guess else ''}{format_clock(left)} in step"
-            if not guess and self._estimate.mean_seconds < _SHORT:
-                doing = rate = ""
+        if left is not None and not guess and self._estimate.mean_seconds < _SHORT:
+            doing, amount, rate, left = "", "", "", None
         bar.within(
             self._estimate.fraction(now),
             doing,
+            amount=amount,
             rate=rate,
+            unit_left=left,
             left=self._estimate.total_left(now, self._steps_left - 1),
             is_guess=guess,
         )

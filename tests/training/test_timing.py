@@ -339,7 +339,7 @@ def test_the_part_of_a_rollout_is_that_of_its_time(clock):
     seen: list[tuple[float, float | None]] = []
 
     class Bar:
-        def within(self, units, doing, *, rate, left, is_guess) -> None:
+        def within(self, units, doing, *, left, **_) -> None:
             seen.append((clock.now, left))
 
     watch.show_on(Bar())  # type: ignore[arg-type]
@@ -361,8 +361,8 @@ def test_phases_count_what_all_processes_do(clock, monkeypatch):
     shown: list[str] = []
 
     class Bar:
-        def within(self, units, doing, **_) -> None:
-            shown.append(doing)
+        def within(self, units, doing, *, amount, **_) -> None:
+            shown.append(f"{doing} {amount}")
 
     watch = StepWatch(guess={"rollout": 1.0, "update": 1.0})
     watch.show_on(Bar())  # type: ignore[arg-type]
