@@ -12,6 +12,7 @@ from rlhf_cli.settings.shared import ModelSettings
 
 SHARDED_STAGES = ("sft", "train-rm", "ppo")
 """Stages that train, and so divide models among processes."""
+_OFFLOAD = "`--set ppo.offload_frozen=false --set model.sharding_cpu_offload=true` offloads the parts of all models"
 _WHOLE = "`--set model.sharding=none` lets every process hold whole models"
 
 
@@ -19,15 +20,16 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
     """Raise `UsageError` if a stage that will run does not support what the recipe says with `model.sharding`."""
     if recipe.model.sharding == "none":
         return
-    found = []
+    found: list[tuple[str, str]] = []
     for name in (name for name in SHARDED_STAGES if name in stages):
         setting = f"{name.replace('-', '_')}.optimizer"
         if (optimizer := recipe.value(setting)) not in ("adamw", None):
-            found.append(f"{setting}: {optimizer}")
+            found.append((f"{setting}: {optimizer}", "change it"))
     if "ppo" in stages and recipe.value("ppo.offload_frozen"):
-        found.append("ppo.offload_frozen: True")
+        found.append(("ppo.offload_frozen: True", _OFFLOAD))
     if found:
-        raise UsageError(f"`model.sharding: fsdp` does not support `{found[0]}`", hint=f"change it, or {_WHOLE}")
+        problem, remedy = found[0]
+        raise UsageError(f"`model.sharding: fsdp` does not support `{problem}`", hint=f"{remedy}, or {_WHOLE}")
 
 
 def described_processes(model: ModelSettings, count: int) -> str | None:

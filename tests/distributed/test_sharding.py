@@ -194,17 +194,32 @@ def recipe(**more: dict) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("more", "stage", "message"),
+    ("more", "stage", "message", "remedy"),
     [
-        ({"sft": {"optimizer": "adamw-8bit"}}, "sft", "does not support `sft.optimizer: adamw-8bit`"),
-        ({"train_rm": {"data": "x.jsonl", "optimizer": "adamw-8bit"}}, "train-rm", "`train_rm.optimizer: adamw-8bit`"),
-        ({"ppo": {"offload_frozen": True}}, "ppo", "does not support `ppo.offload_frozen: True`"),
+        ({"sft": {"optimizer": "adamw-8bit"}}, "sft", "does not support `sft.optimizer: adamw-8bit`", "change it"),
+        (
+            {"train_rm": {"data": "x.jsonl", "optimizer": "adamw-8bit"}},
+            "train-rm",
+            "`train_rm.optimizer: adamw-8bit`",
+            "change it",
+        ),
+        (
+            {"ppo": {"offload_frozen": True}},
+            "ppo",
+            "does not support `ppo.offload_frozen: True`",
+            "--set ppo.offload_frozen=false --set model.sharding_cpu_offload=true",
+        ),
     ],
 )
-def test_what_is_not_supported_is_refused_before_a_stage_runs(more: dict, stage: str, message: str):
+def test_what_is_not_supported_is_refused_before_a_stage_runs(more: dict, stage: str, message: str, remedy: str):
     with pytest.raises(UsageError, match=message) as caught:
         check_sharding(recipe(**more), {stage})
+    assert remedy in (caught.value.hint or "")
     assert "model.sharding=none" in (caught.value.hint or "")
+
+
+def test_what_is_said_to_take_the_place_of_offload_frozen_is_accepted():
+    check_sharding(recipe(model={"sharding_cpu_offload": True}, ppo={"offload_frozen": False}), {"ppo"})
 
 
 def test_a_single_process_is_refused():

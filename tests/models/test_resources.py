@@ -184,6 +184,17 @@ def test_lengths_that_were_read_take_the_place_of_those_that_are_allowed():
     assert need("sft", few).total < need("sft").total
 
 
+@pytest.mark.parametrize(("records", "processes", "rows"), [(None, 1, 32), (None, 4, 16), (14, 1, 14), (14, 4, 4)])
+def test_a_reward_model_is_normalized_over_a_completion_of_64_rankings(records: int | None, processes: int, rows: int):
+    """At most 32 are drawn at a time; the processes divide them, and each holds the SFT model whole."""
+    extent = Extent(SHAPE, prompt=10, records=records, processes=processes)
+    drawing, of_one = (
+        need("train-rm", one).phases["rollout"] for one in (extent, dataclasses.replace(extent, records=1))
+    )
+    assert drawing["cache"] == rows * of_one["cache"]
+    assert drawing["SFT model"] == 4 * SHAPE.weights
+
+
 def test_a_dry_run_says_what_a_stage_needs(tiny_llama: Path, tmp_path: Path, rlhf_here):
     rows = [{"prompt": f"Why {number}?", "completion": " Because."} for number in range(9)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
