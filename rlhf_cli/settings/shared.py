@@ -329,8 +329,8 @@ class GenerationSettings(Section):
     """Share of the GPU's memory for vLLM: its copy of the weights and its key-value cache. Most of it is free again
     while the policy trains."""
     tensor_parallel_size: Annotated[int, Field(ge=1), EffortOnly()] = 1
-    """Processes that share one vLLM engine, each with a part of every layer on its GPU; it divides the number of
-    processes of a machine. 1 gives each process an engine of its own, with the whole policy."""
+    """Processes that share one engine of `engine: vllm`, each with a part of every layer on its GPU; it divides the
+    number of processes of a machine. 1 gives each process an engine of its own, with the whole policy."""
     vllm_server: Annotated[Address, EffortOnly()] = None
     """URL (`http://HOST:PORT`) of a vLLM server on GPUs of its own, which samples in place of an engine on the policy's
     GPU; docs/generation.md has the command that starts it. It receives the policy's weights over NCCL."""
@@ -346,6 +346,9 @@ class GenerationSettings(Section):
         if self.vllm_server is None:
             for name in self.changed("server_timeout"):
                 raise ValueError(f"`{name}` has no effect without `vllm_server`")
+            # `auto` may be torch, which then draws as if nothing had been asked for.
+            for name in self.changed("tensor_parallel_size") if self.engine == "auto" else ():
+                raise ValueError(f"`{name}` needs `engine: vllm`")
         else:
             for name in self.changed("gpu_memory_utilization", "tensor_parallel_size"):
                 option = f"--{name.replace('_', '-')}"

@@ -214,7 +214,9 @@ def colocated(model: Path, adapter: str, folder: Path, size: int = 1) -> dict[st
         Kept.policy = policy.model
         vllm_generator.engines.clear()
         vllm_stand_in.LLM.made.clear()
-        made = vllm_generator.VLLMGenerator(GenerationSettings(tensor_parallel_size=size), longest_prompt=32)
+        made = vllm_generator.VLLMGenerator(
+            GenerationSettings(engine="vllm", tensor_parallel_size=size), longest_prompt=32
+        )
         made.start(policy)
         return made
 

@@ -40,7 +40,7 @@ def policy_at(folder: Path) -> Policy:
 
 
 def generator(size: int) -> vllm_generator.VLLMGenerator:
-    return vllm_generator.VLLMGenerator(GenerationSettings(tensor_parallel_size=size), longest_prompt=16)
+    return vllm_generator.VLLMGenerator(GenerationSettings(engine="vllm", tensor_parallel_size=size), longest_prompt=16)
 
 
 def plain(drawn: list[Completion]) -> list[Any]:

@@ -348,10 +348,15 @@ def test_a_policy_that_is_too_large_for_vllms_share_or_cannot_be_divided(vllm, t
     found = obstacle_of_size(policy, GenerationSettings(gpu_memory_utilization=0.9))
     assert "its weights take" in found.reason
     assert "`generation.tensor_parallel_size`" in found.fix
-    assert obstacle_of_size(policy, GenerationSettings(gpu_memory_utilization=0.9, tensor_parallel_size=2)) is None
-    found = obstacle_of_size(policy, GenerationSettings(gpu_memory_utilization=0.4, tensor_parallel_size=2))
+    assert (
+        obstacle_of_size(policy, GenerationSettings(engine="vllm", gpu_memory_utilization=0.9, tensor_parallel_size=2))
+        is None
+    )
+    found = obstacle_of_size(
+        policy, GenerationSettings(engine="vllm", gpu_memory_utilization=0.4, tensor_parallel_size=2)
+    )
     assert "GB on each of 2 GPUs, and" in found.reason
-    found = obstacle_of_size(policy, GenerationSettings(tensor_parallel_size=heads + 1))
+    found = obstacle_of_size(policy, GenerationSettings(engine="vllm", tensor_parallel_size=heads + 1))
     assert f"its {heads} attention heads cannot be divided among {heads + 1} GPUs" in found.reason
 
 

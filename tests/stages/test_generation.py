@@ -177,6 +177,8 @@ def test_settings_without_effect_are_refused():
         GenerationSettings(server_timeout=5.0)
     with pytest.raises(ValueError, match="no effect with `engine: torch`"):
         GenerationSettings(engine="torch", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="`tensor_parallel_size` needs `engine: vllm`"):
+        GenerationSettings(tensor_parallel_size=2)
     with pytest.raises(ValueError, match="no effect with `vllm_server`"):
         GenerationSettings(vllm_server="http://localhost:8000", gpu_memory_utilization=0.5)
     with pytest.raises(ValueError, match="give `vllm serve` the option `--tensor-parallel-size`"):
@@ -195,9 +197,9 @@ def test_settings_without_effect_are_refused():
 )
 def test_processes_that_cannot_be_grouped_around_an_engine_are_refused(size, count, of_machine, found):
     with pytest.raises(UsageError, match=rf"`generation\.tensor_parallel_size: {size}` needs .* {found}") as caught:
-        check_engine_groups(GenerationSettings(tensor_parallel_size=size), count, of_machine)
+        check_engine_groups(GenerationSettings(engine="vllm", tensor_parallel_size=size), count, of_machine)
     assert f"start a multiple of {size} with `--processes`" in caught.value.hint
-    check_engine_groups(GenerationSettings(tensor_parallel_size=2), 12, 6)
+    check_engine_groups(GenerationSettings(engine="vllm", tensor_parallel_size=2), 12, 6)
     check_engine_groups(GenerationSettings(), 1, None)
     check_engine_groups(GenerationSettings(), 3, None)
 
@@ -206,7 +208,7 @@ def test_processes_that_cannot_be_grouped_around_an_engine_are_refused(size, cou
 def test_an_engine_needs_to_know_which_processes_are_on_its_machine(count):
     """Four processes may be two on each of two machines."""
     with pytest.raises(UsageError, match="needs a launcher that sets LOCAL_WORLD_SIZE") as caught:
-        check_engine_groups(GenerationSettings(tensor_parallel_size=4), count, None)
+        check_engine_groups(GenerationSettings(engine="vllm", tensor_parallel_size=4), count, None)
     assert caught.value.setting == "generation.tensor_parallel_size"
 
 
