@@ -249,23 +249,19 @@ class ReportedError(RLHFError):
 
 
 class Interrupted(RLHFError):  # noqa: N818  (not a bug: a request to stop that was honored)
-    """A signal stopped the run after saving; the same command resumes it.
+    """A signal stopped the command; the same command resumes after what was finished, if anything was.
 
     Args:
         signum: the signal.
-        saves: whether any work had begun that is saved.
     """
 
     code = "interrupted"
 
-    def __init__(self, signum: int, *, saves: bool = True) -> None:
-        name = signal.Signals(signum).name
-        if saves:
-            message = f"stopped by {name}; finished steps and batches are saved"
-            hint = "run the same command again to resume from the last of them"
-        else:
-            message, hint = f"stopped by {name}; there was nothing to save", "run the same command again"
-        super().__init__(message, hint=hint)
+    def __init__(self, signum: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; finished steps and batches are saved",
+            hint="run the same command again, which resumes after the last of them, if there is one",
+        )
         self.signum = signum
         # Shells report 128 + signal; schedulers send SIGUSR1 ahead of SIGTERM, so it counts as SIGTERM.
         self.exit_code = 130 if signum == signal.SIGINT else 143

@@ -38,7 +38,6 @@ class _Running:
         self.path: Path | None = None
         self.stage: str | None = None
         self.tasks: list[ListedTask] = []
-        self.has_saving = False
         self._wrote = 0.0
 
     def write(self, *, at_once: bool = False) -> None:
@@ -82,7 +81,6 @@ def recorded(path: Path) -> Iterator[None]:
 def listed(task: ListedTask) -> Iterator[None]:
     """List a task while it runs."""
     _running.tasks.append(task)
-    _running.has_saving |= task.saves
     _running.write(at_once=True)
     try:
         yield
@@ -100,11 +98,6 @@ def begin_stage(name: str) -> None:
     """Name the stage that begins, in the file of `recorded`."""
     _running.stage = name
     _running.write(at_once=True)
-
-
-def has_begun() -> bool:
-    """Whether any work has begun in this process that is saved where it is asked to stop."""
-    return _running.has_saving
 
 
 def what_is_saved() -> str | None:

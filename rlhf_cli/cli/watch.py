@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host
     It only reads the files of the run, so the run may belong to another process or be a copy from another machine.
     Ctrl-C ends watching, not the run.
     """
-    from rlhf_cli.errors import Interrupted, UsageError
+    from rlhf_cli.errors import UsageError
 
     folder = run.expanduser()
     options = (("--host", host), ("--port", port))
@@ -56,7 +57,7 @@ def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host
 
         signum = page.serve(folder, host=host, port=port, announce=announce)
         if signum not in (None, signal.SIGINT):
-            raise Interrupted(signum, saves=False)
+            raise typer.Exit(128 + signum)
         return
     from rich.console import Console
 
@@ -68,7 +69,5 @@ def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host
     if once or not is_terminal:
         console.print(terminal.picture(read_live(folder), console.width))
         return
-    try:
+    with suppress(KeyboardInterrupt):  # the way to leave it
         terminal.watch(folder, console)
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, saves=False) from None

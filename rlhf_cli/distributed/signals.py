@@ -58,16 +58,14 @@ class SignalStop:
         waits_for: returns what is under way that is saved first, for a message; None if nothing is.
         show: shows a message where a bar is on the screen, and asks for it as long as it is shown, since what is waited
             for changes; returns False where no bar is, and then the message is written.
-        saves: tells whether any work has begun that is saved, for the error.
     """
 
     def __init__(
         self,
         waits_for: Callable[[], str | None] = lambda: "the current step",
         show: Callable[[Callable[[], str]], bool] = lambda text: False,
-        saves: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._waits_for, self._show, self._saves = waits_for, show, saves
+        self._waits_for, self._show = waits_for, show
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -79,7 +77,7 @@ class SignalStop:
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""
         if self._signum is not None:
-            raise Interrupted(self._signum, saves=self._saves())
+            raise Interrupted(self._signum)
 
     def request(self) -> None:
         """Ask for a stop as SIGTERM does, from another thread."""

@@ -245,8 +245,7 @@ class _Supervisor:
             open_log(self._log)
         if self._ended_by_our_signal(first) or (self._signum is not None and first.order[0] == 2):
             assert self._signum is not None
-            began = not self._ended_by_our_signal(first)  # a signal ends a rank only before it handles signals
-            raise Interrupted(self._signum, saves=began)
+            raise Interrupted(self._signum)
         if not first.report:
             raise self._died_silently(first)
         same = [rank for rank in failed if rank.report.get("text") == first.report["text"]]

@@ -35,7 +35,7 @@ from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.run_log import LOG, logged
-from rlhf_cli.running_tasks import begin_stage, has_begun, recorded, what_is_saved
+from rlhf_cli.running_tasks import begin_stage, recorded, what_is_saved
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage
 from rlhf_cli.stages.generation import check_drawing
@@ -125,7 +125,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         directory.lock(),
         remote_copy(recipe.remote, folder, recipe.name) as copy,
         logged(folder / LOG, f"$ {command_line()}"),
-        SignalStop(what_is_saved, show_under_bar, has_begun) as stop,
+        SignalStop(what_is_saved, show_under_bar) as stop,
         disk_errors(folder),
         recorded(directory.progress_file),
     ):

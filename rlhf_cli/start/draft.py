@@ -96,13 +96,14 @@ class Draft:
     @property
     def _limits(self) -> dict[str, int | None]:
         """The limits that `--set` gives, by setting, as the recipe reads them; what it refuses is reported there."""
-        layers, found = Layers(), {}
+        layers = Layers()
+        found: dict[str, int | None] = {}
         for setting in self.settings:
             with suppress(BadSetting):
                 layers.add(parse_set(setting))
         for name in (LIMIT, *_STAGE_LIMITS):
             if (keys := tuple(name.split("."))) in layers.origins:
-                value = reduce(getitem, keys, layers.data)
+                value: Any = reduce(getitem, keys, layers.data)
                 with suppress(ValidationError):
                     found[name] = SamplingSettings(max_new_tokens=value).max_new_tokens
         return found

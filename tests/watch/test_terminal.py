@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 
 import pytest
 from rich.console import Console
 
+from rlhf_cli.cli.watch import watch as watch_command
 from rlhf_cli.watch import terminal
 from rlhf_cli.watch.state import read_live
 
@@ -114,3 +116,13 @@ def test_it_is_watched_until_the_run_ends(ppo_run, monkeypatch):
     watcher.join()
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().rindex("ppo killed") > console.file.getvalue().rindex("ppo running")
+
+
+def test_ctrl_c_is_the_way_to_leave_and_no_error(tmp_path, monkeypatch, capsys):
+    def leave(folder, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_cli.watch.terminal.watch", leave)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    watch_command(tmp_path)
+    assert capsys.readouterr().err == ""
