@@ -39,10 +39,9 @@ class BatchSizes:
 
     @property
     def default_gpus(self) -> int:
-        """Largest of 8, 4, 2 and 1 GPUs with which the minibatch is as close to the recipe's as with one GPU.
+        """Largest of 8, 4, 2 and 1 GPUs with which the minibatch is closest to the recipe's.
 
-        Only numbers count that engines can divide among themselves, at least the GPUs of one. If none of them keeps
-        the minibatch, it is the largest that can be used at all.
+        Only multiples of the GPUs of an engine count. If no minibatch can be divided, it is one engine.
         """
         numbers = [gpus for gpus in (8, 4, 2, 1) if gpus % self.engine_gpus == 0] or [self.engine_gpus]
         fitted = {gpus: found[0] for gpus in numbers if (found := self.fitted(gpus))}
