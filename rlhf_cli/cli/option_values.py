@@ -51,10 +51,10 @@ def _of_click(error: BaseException) -> tuple[str, str] | None:
     """The same of click, whose message begins with the value."""
     kind: Any = getattr(getattr(error, "param", None), "type", None)
     words = _OF_CLICK.get(getattr(kind, "name", ""))
-    given = re.match(r"'?(.*?)'? is not (a valid|in the range)", getattr(error, "message", ""), re.DOTALL)
+    given = re.match(r"'?(.*?)'? is not \w+ (valid|the range)", getattr(error, "message", ""), re.DOTALL)
     if words is None or given is None:
         return None
-    if given[2] == "a valid":
+    if given[2] == "valid":
         return words, given[1]
     bound = f"at least {kind.min:g}" if kind.min is not None and float(given[1]) < kind.min else f"at most {kind.max:g}"
     return bound, given[1]

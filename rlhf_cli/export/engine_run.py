@@ -49,6 +49,7 @@ class EngineRun:
         held_out: the others.
         sampling: how completions are drawn.
         context: tokens that the policy can read, see `models.loading.context_length`.
+        reward_context: the same of the reward model, whose input the engines do not cut.
     """
 
     name: str
@@ -61,6 +62,7 @@ class EngineRun:
     held_out: list[Prompt]
     sampling: Sampling
     context: int
+    reward_context: int
 
     @property
     def ppo(self) -> PPOSettings:
@@ -87,9 +89,31 @@ class EngineRun:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Longest prompt in tokens: with its completion it fits into the context of the policy."""
-        longest = self.recipe.data.max_prompt_tokens
-        return max(1, min(longest, self.context - self.sampling.max_new_tokens))
+        """Longest prompt in tokens: with its completion it fits into the contexts of policy and reward model.
+
+        Completions that fill a context on their own leave half of it to the prompt.
+        """
+        longest, context, completion = self.recipe.data.max_prompt_tokens, self._context, self.sampling.max_new_tokens
+        return min(longest, context - completion if completion < context else max(1, context // 2))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest completion in tokens: that of the recipe, or what a context leaves for it."""
+        return min(self.sampling.max_new_tokens, self._context - self.max_prompt_tokens)
+
+    @property
+    def _context(self) -> int:
+        return min(self.context, self.reward_context)
+
+    def lengths_report(self) -> str:
+        """Return which lengths are not those of the recipe; empty if they are."""
+        given = (
+            ("prompts", self.recipe.data.max_prompt_tokens, self.max_prompt_tokens),
+            ("completions", self.sampling.max_new_tokens, self.max_new_tokens),
+        )
+        changed = [f"{name} have at most {used} tokens instead of {was}" for name, was, used in given if used != was]
+        reader = "policy" if self.context <= self.reward_context else "reward model"
+        return f"train.sh: {' and '.join(changed)}, because the {reader} reads {self._context}" if changed else ""
 
     @property
     def passes(self) -> int:
@@ -147,7 +171,18 @@ def read_run(folder: Path) -> EngineRun:
         held_out=held_out,
         sampling=sampling,
         context=context_length(load_config(ModelSource(policy.name))),
+        reward_context=_reward_context(reward_model),
     )
+
+
+def _reward_context(model: ExportedModel) -> int:
+    """Return how many tokens a reward model reads: those of the model that it is an adapter on, if it is one."""
+    from rlhf_cli.models.loading import ModelSource, context_length, load_config
+    from rlhf_cli.models.reward_model.files import read_reward_config
+
+    source = ModelSource(model.name)
+    config = read_reward_config(source.folder)
+    return context_length(load_config(config.base_source(source) if config is not None and config.adapter else source))
 
 
 def _model(folder: Path, named: str | None, stage: str, setting: str) -> ExportedModel:
@@ -177,9 +212,16 @@ def _prompts(recipe: Recipe, policy: ExportedModel) -> tuple[list[Prompt], list[
 
 
 def changed_settings(ppo: PPOSettings, carried: Iterable[str]) -> dict[str, Any]:
-    """Return the settings of PPO that differ from their defaults and that the engine does not get."""
+    """Return the settings of PPO that differ from their defaults and that the engine does not get, by dotted name."""
     dropped = {"model", "reward_model", "prompts", *carried}
-    return {name: value for name, value in ppo.model_dump(exclude_defaults=True).items() if name not in dropped}
+    changed = ppo.model_dump(exclude_defaults=True)
+    return {f"ppo.{name}": value for name, value in changed.items() if name not in dropped}
+
+
+def missing_generation(run: EngineRun) -> dict[str, Any]:
+    """Return the settings of `generation` that no engine gets: a server, since engines draw on the GPUs that train."""
+    server = run.recipe.generation.vllm_server
+    return {} if server is None else {"generation.vllm_server": server}
 
 
 def start_script(
@@ -198,6 +240,6 @@ def start_script(
     lines = ["#!/usr/bin/env bash", f"# PPO of the run {run.name} in {name}. Options are those of {name} {version}."]
     if missing:
         lines += ["# Settings of the recipe that have no equivalent here:"]
-        lines += [f"#   ppo.{key}: {json.dumps(value, default=str)}" for key, value in missing.items()]
+        lines += [f"#   {key}: {json.dumps(value, default=str)}" for key, value in missing.items()]
     lines += ["set -euo pipefail", 'cd "$(dirname "$0")"', *sizes.lines()]
     return "\n".join([*lines, "", command]) + "\n"

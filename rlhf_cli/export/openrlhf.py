@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.export.batch_sizes import BatchSizes
-from rlhf_cli.export.engine_run import POLICY, REWARD_MODEL, EngineRun, changed_settings, start_script
+from rlhf_cli.export.engine_run import (
+    POLICY,
+    REWARD_MODEL,
+    EngineRun,
+    changed_settings,
+    missing_generation,
+    start_script,
+)
+from rlhf_cli.settings.shared import GenerationSettings
 
 VERSION = "0.11.2"
 """The version whose options are written."""
@@ -35,14 +43,15 @@ def write_openrlhf(run: EngineRun, folder: Path) -> str:
     sizes = batch_sizes(run)
     script = start_script("OpenRLHF", VERSION, run, sizes, " \\\n    ".join(lines), _missing(run))
     (folder / "train.sh").write_text(script, encoding="utf-8")
-    return "\n".join(filter(None, (made, sizes.report())))
+    return "\n".join(filter(None, (made, sizes.report(), run.lengths_report())))
 
 
 def batch_sizes(run: EngineRun) -> BatchSizes:
     """Return the sizes of the recipe; OpenRLHF counts a minibatch in completions."""
     ppo = run.ppo
     completions = ppo.completions_per_step
-    return BatchSizes(completions, completions // ppo.minibatches, 1, ppo.micro_batch_size)
+    engine_gpus = run.recipe.generation.tensor_parallel_size
+    return BatchSizes(completions, completions // ppo.minibatches, 1, ppo.micro_batch_size, engine_gpus)
 
 
 def _written(value: Any) -> str:
@@ -57,7 +66,8 @@ def _missing(run: EngineRun) -> dict[str, Any]:
     if ppo.missing_eos_reward is not None and ppo.missing_eos_reward < 0:
         carried.append("missing_eos_reward")
     found = changed_settings(ppo, carried)
-    return found | ({"value_clip_range": None} if ppo.value_clip_range is None else {})
+    found |= {"ppo.value_clip_range": None} if ppo.value_clip_range is None else {}
+    return found | missing_generation(run)
 
 
 def options(run: EngineRun, critic: str) -> dict[str, Any]:
@@ -74,8 +84,8 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         "critic.model_name_or_path": critic,
         "data.prompt_dataset": "prompts.jsonl",
         "data.input_key": "input",
-        "data.max_len": run.max_prompt_tokens + sampling.max_new_tokens,
-        "rollout.max_new_tokens": sampling.max_new_tokens,
+        "data.max_len": run.max_prompt_tokens + run.max_new_tokens,
+        "rollout.max_new_tokens": run.max_new_tokens,
         "rollout.temperature": sampling.temperature,
         "rollout.batch_size": ppo.prompts_per_step,
         "rollout.n_samples_per_prompt": ppo.samples_per_prompt,
@@ -111,16 +121,19 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         found |= {"ds.lora.rank": ppo.lora.rank, "ds.lora.alpha": int(ppo.lora.alpha)}
     if ppo.gradient_checkpointing:
         found["actor.gradient_checkpointing_enable"] = True
-    return found | _cluster(ppo.reward_clip)
+    return found | _cluster(ppo.reward_clip, run.recipe.generation)
 
 
-def _cluster(reward_clip: float | None) -> dict[str, Any]:
-    """Return the options of the machines: all models share all GPUs, with one vLLM engine per GPU."""
+def _cluster(reward_clip: float | None, generation: GenerationSettings) -> dict[str, Any]:
+    """Return the options of the machines: all models share all GPUs, as do the vLLM engines."""
     found: dict[str, Any] = {}
     for role in ("actor", "ref", "critic", "reward"):
         found |= {f"{role}.num_nodes": "$NODES", f"{role}.num_gpus_per_node": "$GPUS"}
     if reward_clip is not None:
         found["reward.clip_range"] = [-reward_clip, reward_clip]
-    found |= {"train.colocate_all": True, "vllm.num_engines": "$((NODES * GPUS))", "vllm.enable_sleep": True}
-    found |= {"vllm.gpu_memory_utilization": 0.5, "ds.enable_sleep": True, "ds.zero_stage": 3, "ds.param_dtype": "bf16"}
+    size, changed = generation.tensor_parallel_size, generation.changed("gpu_memory_utilization")
+    found |= {"train.colocate_all": True, "vllm.num_engines": f"$((NODES * GPUS / {size}))", "vllm.enable_sleep": True}
+    found |= {"vllm.tensor_parallel_size": size}
+    found |= {"vllm.gpu_memory_utilization": generation.gpu_memory_utilization if changed else 0.5}
+    found |= {"ds.enable_sleep": True, "ds.zero_stage": 3, "ds.param_dtype": "bf16"}
     return found | {"ckpt.output_dir": "trained", "ckpt.path": "checkpoints"}

@@ -9,7 +9,14 @@ from typing import Any
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.export.batch_sizes import BatchSizes
-from rlhf_cli.export.engine_run import POLICY, REWARD_MODEL, EngineRun, changed_settings, start_script
+from rlhf_cli.export.engine_run import (
+    POLICY,
+    REWARD_MODEL,
+    EngineRun,
+    changed_settings,
+    missing_generation,
+    start_script,
+)
 
 VERSION = "0.9.1"
 """The version whose options are written."""
@@ -36,14 +43,14 @@ def write_verl(run: EngineRun, folder: Path) -> str:
     sizes = batch_sizes(run)
     script = start_script("verl", VERSION, run, sizes, " \\\n    ".join(lines), _missing(run))
     (folder / "train.sh").write_text(script, encoding="utf-8")
-    return "\n".join(filter(None, (made, sizes.report())))
+    return "\n".join(filter(None, (made, sizes.report(), run.lengths_report())))
 
 
 def batch_sizes(run: EngineRun) -> BatchSizes:
     """Return the sizes of the recipe; verl counts a minibatch in prompts."""
-    ppo = run.ppo
+    ppo, engine_gpus = run.ppo, run.recipe.generation.tensor_parallel_size
     minibatch = max(1, ppo.prompts_per_step // ppo.minibatches)
-    return BatchSizes(ppo.prompts_per_step, minibatch, ppo.samples_per_prompt, ppo.micro_batch_size)
+    return BatchSizes(ppo.prompts_per_step, minibatch, ppo.samples_per_prompt, ppo.micro_batch_size, engine_gpus)
 
 
 def _write_templates(run: EngineRun, folder: Path) -> None:
@@ -84,8 +91,9 @@ def _missing(run: EngineRun) -> dict[str, Any]:
     carried += ["schedule"] if ppo.schedule in ("constant", "cosine") else []
     found = changed_settings(ppo, carried)
     if ppo.schedule == "linear":
-        found["schedule"] = "linear"  # our default, which it does not have
-    return found | ({"value_clip_range": None} if ppo.value_clip_range is None else {})
+        found["ppo.schedule"] = "linear"  # our default, which it does not have
+    found |= {"ppo.value_clip_range": None} if ppo.value_clip_range is None else {}
+    return found | missing_generation(run)
 
 
 def _written(value: Any) -> str:
@@ -112,7 +120,7 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         "data.val_files": "$PWD/held_out.parquet",
         "data.train_batch_size": ppo.prompts_per_step,
         "data.max_prompt_length": run.max_prompt_tokens,
-        "data.max_response_length": sampling.max_new_tokens,
+        "data.max_response_length": run.max_new_tokens,
         "data.filter_overlong_prompts": True,
         "data.seed": run.recipe.seed,
         "actor_rollout_ref.model.path": f"$PWD/{POLICY}",
@@ -127,7 +135,7 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
         f"{_ACTOR}.entropy_coeff": ppo.entropy_coef,
         f"{_ACTOR}.grad_clip": ppo.max_grad_norm,
         f"{_ROLLOUT}.name": "vllm",
-        f"{_ROLLOUT}.tensor_model_parallel_size": 1,
+        f"{_ROLLOUT}.tensor_model_parallel_size": run.recipe.generation.tensor_parallel_size,
         f"{_ROLLOUT}.temperature": sampling.temperature,
         f"{_ROLLOUT}.n": ppo.samples_per_prompt,
         f"{_ROLLOUT}.log_prob_micro_batch_size_per_gpu": "$MICRO_BATCH",
@@ -147,6 +155,8 @@ def options(run: EngineRun, critic: str) -> dict[str, Any]:
             found[f"{name}.optim.lr_scheduler_type"] = ppo.schedule
     if ppo.value_clip_range is not None:
         found["critic.cliprange_value"] = ppo.value_clip_range
+    if run.recipe.generation.changed("gpu_memory_utilization"):
+        found[f"{_ROLLOUT}.gpu_memory_utilization"] = run.recipe.generation.gpu_memory_utilization
     if ppo.adapter == "lora":
         for name in ("actor_rollout_ref.model", "critic.model"):
             found |= {f"{name}.lora_rank": ppo.lora.rank, f"{name}.lora_alpha": int(ppo.lora.alpha)}

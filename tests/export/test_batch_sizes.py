@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from dataclasses import replace
 
 import pytest
 
@@ -77,10 +76,3 @@ def test_the_sizes_come_from_the_recipe(made_run, engine):
     assert {"$MINIBATCH", "$MICRO_BATCH"} <= {
         value for value in engine.options(read_run(made_run), "policy").values() if isinstance(value, str)
     }
-
-
-def test_prompts_and_completions_fit_into_the_context(made_run):
-    run = replace(read_run(made_run), context=96)
-    assert verl.options(run, "policy")["data.max_prompt_length"] == 80
-    assert openrlhf.options(run, "policy")["data.max_len"] == 96
-    assert replace(run, context=10**9).max_prompt_tokens == run.recipe.data.max_prompt_tokens
