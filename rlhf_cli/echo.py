@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 try:
     import termios
@@ -39,3 +41,31 @@ def restore_echo() -> None:
         descriptor, settings = _before
         _before = None
         termios.tcsetattr(descriptor, termios.TCSADRAIN, settings)
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP leave all contexts, if a person types here: each restores what it changed of the terminal.
+
+    By default these signals end the process at once, and the terminal stays without echo, cursor or its screen. What
+    handles them itself inside, such as a stage, still does.
+
+    Raises:
+        SystemExit: with 128 + signal, the code of a process that it ended. A second signal ends the process at once.
+    """
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    if not sys.stdin or not sys.stdin.isatty():
+        names = []
+    signums = [one for one in (getattr(signal, name) for name in names) if signal.getsignal(one) == signal.SIG_DFL]
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise SystemExit(128 + signum)
+
+    for signum in signums:
+        signal.signal(signum, leave)
+    try:
+        yield
+    finally:
+        for signum in signums:
+            signal.signal(signum, signal.SIG_DFL)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
+import select
+import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +81,65 @@ def test_a_process_that_the_watchdog_ends_restores_it():
     assert shows_typed(slave)
     os.close(slave)
     os.close(master)
+
+
+@pytest.fixture
+def window() -> Iterator[tuple[int, int]]:
+    """Both sides of a terminal: that of the person, and that of the program."""
+    master, slave = pty.openpty()
+    yield master, slave
+    os.close(slave)
+    os.close(master)
+
+
+def read_until(master: int, word: bytes) -> bytes:
+    shown, deadline = b"", time.monotonic() + 120
+    while word not in shown:
+        assert time.monotonic() < deadline, shown
+        if select.select([master], [], [], 0.2)[0]:
+            shown += os.read(master, 65536)
+    return shown
+
+
+WITHIN = """
+import time
+from rich.console import Console
+from rich.live import Live
+from rlhf_cli.echo import leaving_on_signals, without_echo
+with leaving_on_signals(), Live("drawn", console=Console(stderr=True), screen=True), without_echo():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_restores_echo_cursor_and_screen(window: tuple[int, int], signum: int):
+    master, slave = window
+    command = [sys.executable, "-c", WITHIN]
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
+        read_until(master, b"ready")
+        assert not shows_typed(slave)
+        process.send_signal(signum)
+        process.wait(timeout=60)
+    assert process.returncode == 128 + signum
+    assert shows_typed(slave)
+    shown = read_until(master, b"\x1b[?1049l")
+    assert b"\x1b[?25h" in shown
+
+
+@pytest.mark.slow
+def test_a_command_that_waits_for_a_line_leaves_the_terminal_as_it_was(window: tuple[int, int], tmp_path: Path):
+    """Where a line is edited, the terminal is in another mode."""
+    master, slave = window
+    before = termios.tcgetattr(slave)
+    command = [sys.executable, "-m", "rlhf_cli", "start"]
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
+        read_until(master, b"> ")
+        assert termios.tcgetattr(slave) != before
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert termios.tcgetattr(slave) == before

@@ -28,11 +28,13 @@ def main() -> int:
     """Run the command line and return the exit code (see `rlhf_cli.errors`)."""
     from rlhf_cli import run_log
     from rlhf_cli.cli.environment import prepare, prepare_streams
+    from rlhf_cli.echo import leaving_on_signals
 
     prepare_streams()
     prepare()
     try:
-        return _run()
+        with leaving_on_signals():
+            return _run()
     finally:
         run_log.close()
 
