@@ -100,7 +100,7 @@ class BatchSizes:
             return []
         return [
             f"if ((GPUS % {size})); then",
-            f'    echo "train.sh: a vLLM engine has {size} GPUs of a node, and $GPUS are no multiple of it" >&2',
+            f'    echo "train.sh: a vLLM engine has {size} GPUs of a node, which must divide GPUS=$GPUS" >&2',
             "    exit 2",
             "fi",
         ]

@@ -112,7 +112,7 @@ CHECK = {"verl": check_verl, "openrlhf": check_openrlhf}
 def test_the_engine_is_told_sizes_that_it_accepts(engine, engine_gpus, shape, run_of, told, tmp_path):
     prompts, samples, minibatches, micro_batch = shape
     run = run_of(
-        {"tensor_parallel_size": engine_gpus},
+        {"engine": "vllm", "tensor_parallel_size": engine_gpus},
         prompts_per_step=prompts,
         samples_per_prompt=samples,
         minibatches=minibatches,
@@ -136,12 +136,12 @@ def test_the_engine_is_told_sizes_that_it_accepts(engine, engine_gpus, shape, ru
 def test_gpus_that_make_up_no_whole_engines_are_refused(engine, run_of, told, tmp_path):
     said = written(
         engine,
-        run_of({"tensor_parallel_size": 4}, prompts_per_step=3, samples_per_prompt=1, minibatches=1),
+        run_of({"engine": "vllm", "tensor_parallel_size": 4}, prompts_per_step=3, samples_per_prompt=1, minibatches=1),
         tmp_path / "out",
     )
     assert "3 completions per step cannot be divided among engines of 4 GPUs" in said
     status, _, messages = told(tmp_path / "out", 3)
-    assert (status, messages) == (2, "train.sh: a vLLM engine has 4 GPUs of a node, and 3 are no multiple of it\n")
+    assert (status, messages) == (2, "train.sh: a vLLM engine has 4 GPUs of a node, which must divide GPUS=3\n")
 
 
 @pytest.mark.slow
