@@ -11,17 +11,12 @@ from rlhf_cli.pipeline.plan_advice import Advice
 from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
 from rlhf_cli.quoting import word
-from rlhf_cli.stages.sharding import SHARDED_STAGES
 from rlhf_cli.stages.workload import Workload
 from rlhf_cli.statistics.wording import PRECISION
 
 _SHOWN = 0.01
 """Share of the memory of a phase under which a role is not shown."""
-_NEEDS_MORE = {
-    False: "this stage holds a whole model in each process, and needs more memory for it",
-    True: "this stage needs more memory, or more GPUs among which `model.sharding=fsdp` divides its models",
-}
-"""Whether a stage can divide models among GPUs -> what it needs if no change suffices."""
+_NEEDS_MORE = "this stage needs more memory, or more GPUs among which `model.sharding=fsdp` divides its models"
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def _changes(stage: StagePlan) -> Iterator[tuple[str, str]]:
         settings = " ".join(map(_set, stage.combined))
         yield "together", f"{settings}: {format_bytes(stage.combined[-1].total)}, fits{_terms(stage.combined)}"
     elif not any(one.fits for one in stage.advice):
-        yield "change", f"none suffices, alone or together: {_NEEDS_MORE[stage.name in SHARDED_STAGES]}"
+        yield "change", f"none suffices, alone or together: {_NEEDS_MORE}"
 
 
 def _set(one: Advice) -> str:

@@ -193,14 +193,17 @@ def _changes(stage: Stage, state: _Changed) -> Iterator[_Changed]:
 
 
 def _other_drawing(stage: Stage, state: _Changed) -> Iterator[Iterator[_Changed]]:
-    """Yield other ways to draw completions of a policy that trains, each with the values to try in turn.
+    """Yield other ways to draw completions, each with the values to try in turn.
 
     vLLM divides the policy among GPUs of a machine while it draws, or a server has it on GPUs of its own. The torch
-    engine holds it whole on each GPU, as stages do that only sample.
+    engine holds it whole on each GPU, and so do stages that do not train it, if it is not sharded.
     """
-    if stage.name != "ppo" or state.extent.on_cpu or state.recipe.generation.vllm_server is not None:
+    is_ppo = stage.name == "ppo"
+    sampling = state.settings if is_ppo else getattr(state.settings, "sampling", None)
+    is_divided = is_ppo or shards(state.recipe.model, state.extent) > 1
+    if sampling is None or not is_divided or state.extent.on_cpu or state.recipe.generation.vllm_server is not None:
         return
-    new_tokens = state.settings.max_new_tokens or state.recipe.sampling.max_new_tokens or Sampling.max_new_tokens
+    new_tokens = sampling.max_new_tokens or state.recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     prompt = state.extent.prompt or state.recipe.data.max_prompt_tokens
     least, device = vllm_least(state.extent.shape, prompt + new_tokens), state.extent.device
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rlhf_cli.models.model_sizes import SIZES
 from rlhf_cli.models.resources import Extent, vllm_least
@@ -121,13 +122,33 @@ def test_the_fewest_changes_that_suffice_together_are_named(sharding, names):
 
 
 @pytest.mark.parametrize("stage", ["label", "evaluate"])
+def test_a_stage_that_does_not_train_has_the_same_ways_to_draw(stage):
+    advice, _ = advised(stage, recipe_of("model.sharding=fsdp"), extent_of("70b", 8))
+    assert [(one.fits, one.server_gpus) for one in drawing(advice)] == [(True, 0), (True, 2)]
+    advice, combined = advised(stage, recipe_of(), extent_of("70b", 8))
+    assert not drawing(advice), "each process holds the policy whole, whoever draws"
+    assert [one.change.partition("=")[0] for one in combined] == ["model.sharding", "generation"]
+
+
+@pytest.mark.parametrize("generation", ["{engine: vllm}", "{vllm_server: 'http://host:1'}"])
+def test_quantization_is_not_named_where_vllm_draws(generation):
+    with pytest.raises(ValidationError, match="cannot hand the weights of a policy with .* to vLLM"):
+        ValidationError, match="cannot hand the weights of a policy with `model.quantize: 8bit` to vLLM"
+    ):
+        recipe_of(f"generation={generation}", "model.quantize=8bit")
+    advice, combined = advised("ppo", recipe_of(f"generation={generation}"), extent_of("70b", 1))
+    assert not [one for one in (*advice, *combined) if "quantize" in one.change]
+    advice, _ = advised("ppo", recipe_of(), extent_of("70b", 1))
+    assert [one.fits for one in advice if "quantize" in one.change] == [True]
+
+
+@pytest.mark.parametrize("stage", ["label", "evaluate"])
 @pytest.mark.parametrize("generation", ["{engine: torch}", "{engine: vllm}", "{vllm_server: 'http://host:1'}"])
-def test_nothing_suffices_for_a_stage_that_holds_a_whole_model_that_is_too_large(stage, generation):
-    for sharding in ("none", "fsdp"):
-        recipe = recipe_of(f"model.sharding={sharding}", f"generation={generation}")
-        advice, combined = advised(stage, recipe, extent_of("70b", 64))
-        assert not combined
-        assert not any(one.fits for one in advice)
+def test_nothing_suffices_on_one_gpu_for_a_model_that_is_larger(stage, generation):
+    recipe = recipe_of(f"generation={generation}")
+    advice, combined = advised(stage, recipe, extent_of("70b", 1))
+    assert not combined
+    assert not any(one.fits for one in advice)
 
 
 def test_a_stage_that_a_server_draws_for_holds_its_model_and_no_keys():

@@ -48,6 +48,12 @@ def _check(settings: PPOSettings, recipe: RunSettings) -> None:
         raise ValueError(
             "`ppo.overlap_rollouts` needs `generation.vllm_server`: another engine has no GPU while the policy trains"
         )
+    draws_with_vllm = recipe.generation.engine == "vllm" or recipe.generation.vllm_server is not None
+    if recipe.model.quantize != "none" and draws_with_vllm:
+        raise ValueError(
+            f"`ppo` cannot hand the weights of a policy with `model.quantize: {recipe.model.quantize}` to vLLM: set "
+            "`model.quantize: none` or `generation.engine: torch`"
+        )
 
 
 def _fixed_steps(settings: PPOSettings) -> str | None:
