@@ -38,7 +38,7 @@ PLATFORM = "x86_64-manylinux_2_28"
 CONSTRAINTS = ROOT / "constraints.txt"
 APART = ("vllm",)
 """Extras for an environment of their own: what they require excludes the tested set."""
-BESIDE = ("s3", "tasks")
+BESIDE = ("tasks",)
 """Extras that install beside the tested set, which does not pin the many packages that they bring."""
 
 

@@ -17,14 +17,13 @@ from tests.pipeline.toy import Toy
 
 pytest.importorskip("s3fs", reason="`pip install s3fs` to test with S3's client")
 moto_server = pytest.importorskip("moto.server", reason="`pip install 'moto[server]'` to test with a server of S3")
+boto3 = pytest.importorskip("boto3")  # which moto brings along
 URL = "s3://bucket/runs/a toy"
 
 
 @pytest.fixture(autouse=True)
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A bucket, and the variables by which the client finds it."""
-    import boto3
-
     server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
