@@ -81,7 +81,7 @@ def test_each_rank_holds_its_part(run: str, ranks: int, gpus: Host, benchmark: M
     assert min(found) > 0.5 * bound, told
 
 
-@pytest.mark.parametrize("run", ["sft-none", "sft-lora", "ppo-none", "ppo-lora"])
+@pytest.mark.parametrize("run", ["sft-none", "ppo-none"])
 def test_a_resumed_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, folder: Path):
     name = f"resumed-{run}"
     step = folder / name / f".{run.rsplit('-', 1)[0]}.work" / "step-00000001"
