@@ -22,12 +22,12 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc return each block of 1 MiB and more to the system when it is freed.
+    """Let glibc return each block of 128 KiB and more to the system when it is freed.
 
     A sharded model gathers blocks of weights all the time, also in threads of gloo, each with a heap of its own. By
     default, what these keep took several times the memory of the weights. What a user set in the environment stays.
     """
-    _set_glibc({_MMAP_THRESHOLD: 1 << 20})
+    _set_glibc({_MMAP_THRESHOLD: 1 << 17})
 
 
 def _set_glibc(parameters: Mapping[int, int]) -> None:

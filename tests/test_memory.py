@@ -33,7 +33,7 @@ libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 def one_pass():
     blocks = [libc.malloc(20 << 20) for _ in range(4)]
     for block in blocks:
-        ctypes.memset(block, 1, 20 << 20)
+        ctypes.memset(block, 1, 200 << 10)
     for block in blocks:
         libc.free(block)
 
@@ -78,10 +78,10 @@ if sys.argv[1] == "return":
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 libc.free(libc.malloc(30 << 20))  # by default, glibc then takes blocks of up to this size from its heap
-blocks = [libc.malloc(20 << 20) for _ in range(10)]
+blocks = [libc.malloc(200 << 10) for _ in range(1000)]
 pin = libc.malloc(1000)  # small blocks behind them
 for block in blocks:
-    ctypes.memset(block, 1, 20 << 20)
+    ctypes.memset(block, 1, 200 << 10)
     libc.free(block)
 with open("/proc/self/statm") as file:
     print(int(file.read().split()[1]) * resource.getpagesize())

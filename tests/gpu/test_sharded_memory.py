@@ -81,7 +81,7 @@ def test_each_rank_holds_its_part(run: str, ranks: int, gpus: Host, benchmark: M
     assert min(found) > 0.5 * bound, told
 
 
-@pytest.mark.parametrize("run", ["sft-none", "sft-lora", "ppo-none", "ppo-lora"])
+@pytest.mark.parametrize("run", ["sft-none", "ppo-none"])
 def test_a_resumed_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, folder: Path):
     name = f"resumed-{run}"
     step = folder / name / f".{run.rsplit('-', 1)[0]}.work" / "step-00000001"
@@ -93,7 +93,7 @@ def test_a_resumed_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleTy
     assert min(found) > 0.5 * bound, told
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "train-rm-none"])  # whose bound has room for one copy
 def test_a_whole_copy_in_each_rank_exceeds_the_bound(
     run: str, gpus: Host, benchmark: ModuleType, folder: Path, tmp_path: Path
 ):
