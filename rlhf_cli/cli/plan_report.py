@@ -240,6 +240,8 @@ def _time(plan: RunPlan) -> Iterator[str]:
         yield f"time: predicted {_about(plan.seconds)}{without}"
     elif plan.seconds:
         yield f"time: {_about(plan.seconds)}, from a trial on this machine{without}"
+        if plan.others is not None:
+            yield f"warning: {plan.others}"
 
 
 def _too_large(stage: StagePlan, limit: int) -> str:

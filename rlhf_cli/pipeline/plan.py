@@ -26,6 +26,7 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
 from rlhf_cli.models.model_shape import FLOAT32
 from rlhf_cli.models.resources import CPU_PROCESS, Extent
+from rlhf_cli.other_processes import ProcessorUse
 from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.plan_advice import Advice, accepted_by, advise
@@ -100,6 +101,7 @@ def plan_run(
     with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
         seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
         stage_planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe, steps)
+        use = ProcessorUse()
         with _shown(len(trained), trial=trial) as bar:
             for stage in earlier:
                 if stage.name == "sft" and here.model.build is not None and not run.artifact(stage.name).is_dir():
@@ -107,7 +109,8 @@ def plan_run(
             planned = [stage_planner.plan(step, bar) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     device = device if target is None else "cuda"
-    return RunPlan(folder, planned, device, limit, shutil.disk_usage(existing).free, trial, target)
+    others = use.others() if trial and trained else None
+    return RunPlan(folder, planned, device, limit, shutil.disk_usage(existing).free, trial, target, others)
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class RunPlan:
         disk_free: bytes.
         trial: whether times were measured.
         target: the machines that are planned for; None for this one.
+        others: that other processes took time from the trial; None if they did not.
     """
 
     run_dir: Path
@@ -86,6 +87,7 @@ class RunPlan:
     disk_free: int
     trial: bool
     target: Target | None = None
+    others: str | None = None
 
     @property
     def too_large(self) -> list[StagePlan]:

@@ -44,6 +44,8 @@ def say_how_long(draft: Draft, path: Path) -> None:
         warn(f"how long it takes is not known: {reason_of(error)}; {command} tries again")
     else:
         say(f"\n{_time_line(plan, draft, command)}")
+        if plan.others is not None:
+            warn(plan.others)
         if (shorter := _shorter_run(plan, draft, path)) is not None:
             say(shorter)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,15 +122,32 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@contextmanager
+def counted() -> Iterator[dict[str, tuple[int, int]]]:
+    """Yield how far the bars got: label -> units that were done, and all."""
+    patch, advance, bars = pytest.MonkeyPatch(), Task.advance, {}
+
+    def counting(self: Task, units: int = 1, note: str | None = None) -> None:
+        advance(self, units, note)
+        shown = self.as_json()
+        bars[shown["label"]] = shown["done"], shown["total"]
+
+    patch.setattr(Task, "advance", counting)
+    yield bars
+    patch.undo()
+
+
 def compare(model: Path, kind: str, adapter: str, precision: str, folder: Path) -> dict[str, object]:
     """Write from two processes and from one, and return the names of the files and of those that differ."""
-    differences = [KINDS[kind](model, adapter, precision, folder / "two", is_sharded=True)]
+    with counted() as bars:
+        differences = [KINDS[kind](model, adapter, precision, folder / "two", is_sharded=True)]
     if not ProcessGroup().is_main:
         return {}
     differences.append(KINDS[kind](model, adapter, precision, folder / "one", is_sharded=False))
     two, one = files(folder / "two"), files(folder / "one")
     names = sorted(two.keys() | one.keys())
-    return {"names": names, "differing": [n for n in names if two.get(n) != one.get(n)], "differences": differences}
+    differing = [name for name in names if two.get(name) != one.get(name)]
+    return {"names": names, "differing": differing, "differences": differences, "bars": bars}
 
 
 def scores(saved: Path) -> dict[str, object]:
@@ -246,9 +264,9 @@ def attention(model: Path, folder: Path) -> dict[str, object]:
         used["policy"].append(compared.config._attn_implementation)
         return logits(compared, probe, bar)
 
-    def of_reward(compared: RewardModel, probe: list[tuple[str, str]]) -> list[float]:
+    def of_reward(compared: RewardModel, probe: list[tuple[str, str]], bar: Task) -> list[float]:
         used["reward"].append(compared.model.config._attn_implementation)
-        return rewards(compared, probe)  # type: ignore[arg-type]
+        return rewards(compared, probe, bar)  # type: ignore[arg-type]
 
     patch.setattr(policy_saving, "completion_logits", of_policy)
     patch.setattr(verification, "probe_rewards", of_reward)

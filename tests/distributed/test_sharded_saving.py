@@ -83,6 +83,12 @@ def test_the_written_reward_model_is_the_trained_one(case: str, found: dict[str,
     assert all(0 <= difference < 1e-5 for difference in found[case]["differences"])
 
 
+@pytest.mark.parametrize("case", [case for case in WRITTEN if "critic" not in case])
+def test_a_bar_counts_each_text_twice_and_the_writing(case: str, found: dict[str, dict]):
+    label = "writing the reward model and comparing it" if "reward" in case else "writing the policy and comparing it"
+    assert found[case]["bars"] == {label: [5, 5]}
+
+
 @pytest.mark.parametrize("name", ["reward-none", "reward-lora"])
 def test_a_reward_model_of_its_own_is_divided_and_scores_as_a_whole_one(name: str, found: dict[str, dict]):
     one = found["all-scores"][name]

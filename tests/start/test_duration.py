@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.cli.plan_report import show_plan
 from rlhf_cli.errors import ModelError
 from rlhf_cli.pipeline import plan
 from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
@@ -43,6 +44,21 @@ def test_the_end_says_how_long_the_run_takes(draft, tmp_path, capsys, monkeypatc
         "The run takes about 2 h 06 min here: label 4 min, ppo 2 h 02 min; without `evaluate` and the time in which "
         "you rank"
     )
+
+
+def test_it_says_that_other_processes_made_the_measurement_slower(draft, tmp_path, capsys, monkeypatch):
+    made, path = draft(), tmp_path / "mine.yaml"
+    write_recipe(made, path, "rlhf start")
+    for others in (None, "other processes used 1.3 of 2 processor cores"):
+        run = RunPlan(tmp_path, [stage("ppo", 600)], "cpu", 1, 1, True, others=others)
+        monkeypatch.setattr(plan, "plan_run", lambda *_, found=run: found)
+        said(capsys)
+        say_how_long(made, path)
+        text = said(capsys)
+        assert ("warning:" in text) == (others is not None)
+        assert others is None or others in text
+        show_plan(run)
+        assert others is None or f"warning: {others}" in " ".join(capsys.readouterr())
 
 
 def test_a_long_run_is_offered_with_settings_that_shorten_it(draft, tmp_path, capsys, monkeypatch):

@@ -84,12 +84,9 @@ def save_trained_reward_model(
         DiskError: the disk is full or cannot be written.
         ModelError: the written reward model is not the trained one.
     """
-    if is_sharded(reward_model.model):
-        with task("writing the reward model and comparing it", 1, "parts", saves=False) as bar:
-            difference = _ShardedRewardModel(reward_model, folder).save(probe, final or folder, depth)
-            bar.advance()
-        return difference
     with task("writing the reward model and comparing it", 2 * len(probe) + 1, "parts", saves=False) as bar:
+        if is_sharded(reward_model.model):
+            return _ShardedRewardModel(reward_model, folder).save(probe, final or folder, depth, bar)
         return _saved(reward_model, folder, probe, final, depth, bar)
 
 
@@ -182,16 +179,17 @@ class _ShardedRewardModel:
     trained: RewardModel
     folder: Path
 
-    def save(self, probe: Sequence[tuple[Prompt, str]], final: Path, depth: int) -> float:
-        """Write, read back and compare; all processes call this."""
+    def save(self, probe: Sequence[tuple[Prompt, str]], final: Path, depth: int, bar: Task) -> float:
+        """Write, read back and compare; all processes call this. The bar counts probes and writing."""
         trained, processes = self.trained, ProcessGroup(self.trained.device)
         save = partial(save_reward_model, trained, self.folder, final=final, depth=depth)
         if trained.is_adapter:
-            expected = probe_rewards(trained, probe)
+            expected = probe_rewards(trained, probe, bar)
             head = head_tensors(trained)
             state = {key: whole(weight).cpu() for key, weight in adapter_state(trained.model).items()}
             write = partial(save_trained, trained, self.folder, state=state, head=head)
             by_main(lambda: save(write=write), processes)
+            bar.advance()
             agreed(lambda: self._read_adapter(state, head), processes)
             written = trained
         else:
@@ -199,24 +197,25 @@ class _ShardedRewardModel:
             by_main(lambda: save(write=lambda base, revision: None), processes)
             weights = ShardedWeights(trained.model)
             weights.write(trained.format.tokenizer, self.folder, processes)
-            expected = self._in_float32(weights, probe)
+            bar.advance()
+            expected = self._in_float32(weights, probe, bar)
             del weights
             free_memory()
             source = replace(trained.source.to_compare(), path=str(self.folder), revision=None)
             agreed(lambda: _check_opens(source), processes)
             written = load_sharded_reward_model(source, template=None)
         by_main(self._check_files, processes)
-        difference = largest_difference(expected, probe_rewards(written, probe))
+        difference = largest_difference(expected, probe_rewards(written, probe, bar))
         agreed(lambda: _check_difference(difference, self.folder), processes)
         return difference
 
-    def _in_float32(self, weights: ShardedWeights, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
+    def _in_float32(self, weights: ShardedWeights, probe: Sequence[tuple[Prompt, str]], bar: Task) -> list[float]:
         """Return the rewards of the trained model, whose weights are released, in float32."""
         trained, source = self.trained, self.trained.source.to_compare()
         copied = RewardModel(weights.copied(source, keeps=False), trained.format, source, is_encoder=False)
         copied.bias.copy_(trained.bias)
         copied.mean, copied.std = trained.mean, trained.std
-        return probe_rewards(copied.eval(), probe)
+        return probe_rewards(copied.eval(), probe, bar)
 
     def _read_adapter(self, state: dict[str, Tensor], head: dict[str, Tensor]) -> None:
         """Check what was written, and put it in the place of what was trained."""
