@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlhf_cli.distributed.subgroup import Subgroup, subgroup
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import Interrupted, SharedEngineError
 from rlhf_cli.generation.generator import Request
@@ -54,9 +54,9 @@ class EngineGroup:
         self.size = size
 
     @cached_property
-    def members(self) -> Subgroup | None:
+    def members(self) -> ProcessGroup | None:
         """The processes; None if this one is alone. All processes of the run ask for it first at the same time."""
-        return None if self.size == 1 else subgroup(self.size)
+        return None if self.size == 1 else ProcessGroup(size=self.size)
 
     def gather(self, requests: Sequence[Request]) -> GroupRequests:
         """Return the requests of all processes of the group; each may have another number of them, or none."""
@@ -126,7 +126,7 @@ def _checksum(outputs: Sequence[Any], start: int) -> int:
     return zlib.crc32(text.encode(), start)
 
 
-def _compare(signum: int | None, state: list[int], members: Subgroup) -> None:
+def _compare(signum: int | None, state: list[int], members: ProcessGroup) -> None:
     """Compare how far the processes of an engine are, and raise `Interrupted` in all of them if one has a signal.
 
     The parts of the model would belong to different texts from the first difference on, and nothing else would show it.
