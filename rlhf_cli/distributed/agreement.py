@@ -9,13 +9,12 @@ from rlhf_cli.errors import DiskError, DivergedError, HostMemoryError, ModelErro
 
 if TYPE_CHECKING:
     from rlhf_cli.distributed.process_group import ProcessGroup
-    from rlhf_cli.distributed.subgroup import Subgroup
 
 T = TypeVar("T")
 _KINDS = (DiskError, DivergedError, HostMemoryError, ModelError)
 
 
-def agreed(work: Callable[[], T], processes: ProcessGroup | Subgroup | None) -> T:
+def agreed(work: Callable[[], T], processes: ProcessGroup | None) -> T:
     """Work in each process and wait for the others; the error of the first one that fails is raised in all of them.
 
     So none waits for one that has ended. Other errors than those of disk, divergence, host memory and models are raised

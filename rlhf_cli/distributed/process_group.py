@@ -46,11 +46,13 @@ class ProcessGroup:
 
     Args:
         device: where tensors are summed; messages travel there too if the backend does not serve the CPU.
+        size: processes of a group; the run is divided into groups of consecutive processes, and the collectives are
+            those of this process's group. Every process of the run makes one at the same time. None is all processes.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.index, self.count = rank(), world_size()
-        self._device = device
+    def __init__(self, device: torch.device | None = None, *, size: int | None = None) -> None:
+        self.index, self.count = rank() % (size or world_size()), size or world_size()
+        self._device, self._group = device, None if size is None else _group(size)
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +89,7 @@ class ProcessGroup:
         """Every process's item, in order of rank. Items are sent as JSON, which keeps every bit of a float."""
         if self.count == 1:
             return [item]
-        return [json.loads(text) for text in self._state.exchange(json.dumps(item).encode())]
+        return [json.loads(text) for text in self._state.exchange(json.dumps(item).encode(), self.count)]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
@@ -99,7 +101,15 @@ class ProcessGroup:
 
     @cached_property
     def _state(self) -> _Collectives:
-        return _Collectives(self._device)
+        return _Collectives(self._device, self._group)
+
+
+def _group(size: int) -> Any:
+    """Return torch's group of `size` consecutive processes that has this one, for tensors on the CPU."""
+    import torch.distributed as distributed
+
+    join()
+    return distributed.new_subgroups(size, backend="gloo", timeout=TIMEOUT)[0]
 
 
 _MESSAGE_NUMBERS = 2**24
@@ -122,11 +132,12 @@ def _messages(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 class _Collectives:
     """torch's collectives: messages over gloo on the CPU, tensors on their device, with NCCL on a GPU."""
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device | None, group: Any = None) -> None:
         import torch
         from accelerate import PartialState
 
         join()
+        self._group = group
         self._device = torch.device("cpu") if device is None else device
         # accelerate finds that group and reads the launcher's environment; `cpu=True` keeps it from looking for a GPU.
         state = PartialState(cpu=self._device.type == "cpu")
@@ -139,36 +150,25 @@ class _Collectives:
 
         there = flat.to(self._device)
         with waiting():
-            torch.distributed.all_reduce(there)
+            torch.distributed.all_reduce(there, group=self._group)
             if there.is_cuda:  # NCCL returns at once; waiting later would not count as waiting for the others
                 torch.cuda.current_stream(there.device).synchronize()
         return there.to(flat.device)
 
-    def exchange(self, message: bytes) -> list[bytes]:
-        """Every process's message, in order of rank."""
-        return exchanged(message, world_size())
+    def exchange(self, message: bytes, count: int) -> list[bytes]:
+        """Every process's message, in order of rank; there are `count` processes."""
+        import torch
+        import torch.distributed
 
-
-def exchanged(message: bytes, count: int, group: Any = None) -> list[bytes]:
-    """Return the message of every process of a group, in order of rank.
-
-    Args:
-        message: of this process.
-        count: processes of the group.
-        group: torch's group with gloo; None is that of all processes.
-    """
-    import torch
-    import torch.distributed
-
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(count)]
-    with waiting():
-        torch.distributed.all_gather(sizes, torch.tensor([len(message)]), group=group)
-    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-    padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    found = [torch.zeros_like(padded) for _ in range(count)]
-    with waiting():
-        torch.distributed.all_gather(found, padded, group=group)
-    return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(count)]
+        with waiting():
+            torch.distributed.all_gather(sizes, torch.tensor([len(message)]), group=self._group)
+        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+        padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        found = [torch.zeros_like(padded) for _ in range(count)]
+        with waiting():
+            torch.distributed.all_gather(found, padded, group=self._group)
+        return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]
 
 
 def join_launched() -> None:

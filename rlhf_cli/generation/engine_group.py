@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlhf_cli.distributed.subgroup import Subgroup, subgroup
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import Interrupted, SharedEngineError
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.vllm_engine import Engine
 
-_STEPS_PER_STOP = 16
-"""Steps of an engine after which its processes ask each other whether to stop: a fraction of a second."""
+_STEPS_PER_MESSAGE = 16
+"""Steps of an engine after which its processes compare what they drew and ask each other whether to stop: a fraction of
+a second."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class EngineGroup:
         self.size = size
 
     @cached_property
-    def members(self) -> Subgroup | None:
+    def members(self) -> ProcessGroup | None:
         """The processes; None if this one is alone. All processes of the run ask for it first at the same time."""
-        return None if self.size == 1 else subgroup(self.size)
+        return None if self.size == 1 else ProcessGroup(size=self.size)
 
     def gather(self, requests: Sequence[Request]) -> GroupRequests:
         """Return the requests of all processes of the group; each may have another number of them, or none."""
@@ -90,43 +91,54 @@ class EngineGroup:
         Raises:
             SharedEngineError: the processes drew different tokens.
         """
-        steps, ended, told = 0, 0, 0
+        steps, ended, told, checksum = 0, 0, 0, 0
 
-        def after_step(count: int) -> None:
-            nonlocal steps, ended, told
+        def after_step(finished: Sequence[Any]) -> None:
+            nonlocal steps, ended, told, checksum
             beat()
-            steps, ended = steps + 1, ended + count
+            steps, ended = steps + 1, ended + len(finished)
+            checksum = _checksum(finished, checksum)
             progress(round(requests.share * ended) - told)
             told = round(requests.share * ended)
             if self.members is None:
                 stop()
-            elif steps % _STEPS_PER_STOP == 0:
-                _agree_on_stop(stop, self.members)
+            elif steps % _STEPS_PER_MESSAGE == 0:
+                _compare(_signal(stop), [steps, ended, checksum], self.members)
 
         outputs = engine.run(requests.every, sampling, stop_ids, after_step)
         if self.members is not None:
-            _check_equal(outputs, self.members)
+            _compare(None, [steps, ended, checksum], self.members)
         return outputs[requests.own]
 
 
-def _agree_on_stop(stop: Callable[[], object], members: Subgroup) -> None:
-    """Raise `Interrupted` in all processes if `stop` raises it in one, for which the others would wait."""
-    signum: int | None = None
+def _signal(stop: Callable[[], object]) -> int | None:
+    """Return the signal for which `stop` raises `Interrupted`; None if it does not."""
     try:
         stop()
     except Interrupted as interrupted:
-        signum = interrupted.signum
-    for told in members.all_gather_object(signum):
-        if told is not None:
-            raise Interrupted(told)
+        return interrupted.signum
+    return None
 
 
-def _check_equal(outputs: Sequence[Any], members: Subgroup) -> None:
-    """Compare what the processes drew. The parts of the model would belong to different texts from the first difference
-    on, and nothing else would show it."""
-    text = " ".join(str(token) for one in outputs for token in (*one.token_ids, -1))
-    if len(set(members.all_gather_object(zlib.crc32(text.encode())))) > 1:
+def _checksum(outputs: Sequence[Any], start: int) -> int:
+    """Return a checksum of the tokens of completions that ended, and of those before, whose checksum is `start`."""
+    text = "".join(f"{list(one.outputs[0].token_ids)}" for one in outputs)
+    return zlib.crc32(text.encode(), start)
+
+
+def _compare(signum: int | None, state: list[int], members: ProcessGroup) -> None:
+    """Compare how far the processes of an engine are, and raise `Interrupted` in all of them if one has a signal.
+
+    The parts of the model would belong to different texts from the first difference on, and nothing else would show it.
+    After a difference, schedulers may take different numbers of steps. So all messages while an engine draws are alike,
+    and one process may be in the middle while another is at the end.
+    """
+    told = members.all_gather_object([signum, state])
+    if any(other != state for _, other in told):
         raise SharedEngineError(
             f"the {members.count} processes that share an engine drew different tokens from the same random numbers",
             hint="use equal GPUs and please report it, or draw with `--set generation.tensor_parallel_size=1`",
         )
+    for sent, _ in told:
+        if sent is not None:
+            raise Interrupted(sent)

@@ -152,7 +152,7 @@ class Engine:
         requests: Sequence[Request],
         sampling: Sampling,
         stop_ids: Iterable[int],
-        after_step: Callable[[int], object],
+        after_step: Callable[[Sequence[Any]], object],
     ) -> list[Any]:
         """Draw one completion per request; returns vLLM's `CompletionOutput` of each, in their order.
 
@@ -160,8 +160,8 @@ class Engine:
             requests: N requests.
             sampling: temperature, nucleus and longest completion.
             stop_ids: tokens that end a completion, and no others do.
-            after_step: called after every step of the engine with the number of completions that ended in it; may
-                raise, and then all requests are dropped.
+            after_step: called after every step of the engine with vLLM's `RequestOutput` of each completion that ended
+                in it; may raise, and then all requests are dropped.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
@@ -188,7 +188,7 @@ class Engine:
             while self._llm.llm_engine.has_unfinished_requests():
                 ended = [one for one in self._llm.llm_engine.step() if one.finished]
                 finished += ended
-                after_step(len(ended))
+                after_step(ended)
         except BaseException:
             self._llm.llm_engine.abort_request(identifiers, internal=True)
             raise

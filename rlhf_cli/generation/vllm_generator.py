@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.ranks import world_size
-from rlhf_cli.distributed.subgroup import Subgroup
 from rlhf_cli.errors import ModelError, RLHFError, SharedEngineError, is_raised_here
 from rlhf_cli.generation.engine_check import PROBE, TORCH, check_probabilities, probe_requests, sampled_logprobs
 from rlhf_cli.generation.engine_group import EngineGroup, GroupRequests
@@ -249,9 +248,7 @@ class VLLMGenerator:
         for engine in engines if policy.may_change else ():
             engine.sleep()
 
-    def _check(
-        self, policy: Policy, model: PreTrainedModel, engine: Engine, processes: ProcessGroup | Subgroup | None
-    ) -> None:
+    def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine, processes: ProcessGroup | None) -> None:
         requests, drawn = probe_requests(policy), list[tuple[list[int], list[float]]]()
 
         def draw() -> None:

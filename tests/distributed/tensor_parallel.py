@@ -19,7 +19,7 @@ import torch
 
 from rlhf_cli.distributed.agreement import agreed
 from rlhf_cli.distributed.process_group import ProcessGroup, exit_without_teardown, leave
-from rlhf_cli.errors import Interrupted, ModelError
+from rlhf_cli.errors import Interrupted, ModelError, SharedEngineError
 from rlhf_cli.generation import vllm_generator
 from rlhf_cli.generation.generator import Completion, Request
 from rlhf_cli.generation.policy import Policy
@@ -146,12 +146,34 @@ def start_fails(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str,
 
 def differs(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The last process draws other tokens than the others."""
+    differing(folder, size, patch, "off_by", 30.0, REQUESTS[:2])
+    return {}
+
+
+def differs_in_steps(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The scheduler of the last process takes 32 steps, those of the others 10."""
+    differing(folder, size, patch, "further_steps", 22, REQUESTS[:10])
+    return {}
+
+
+def differs_early(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The last process draws other tokens than the others, of many completions."""
+    with pytest.raises(SharedEngineError):
+        differing(folder, size, patch, "off_by", 30.0, REQUESTS)
+    (engine,) = LLM.made
+    return {"aborted": len(engine.aborted)}
+
+
+def differing(
+    folder: Path, size: int, patch: pytest.MonkeyPatch, name: str, value: float, requests: list[Request]
+) -> None:
+    """Each process draws these requests; the engine of the last one has another value of an attribute."""
     processes = ProcessGroup()
     generating, policy = generator(size), policy_at(folder)
     generating.start(policy)
-    patch.setattr(LLM, "off_by", 30.0 if processes.index == processes.count - 1 else 0.0)
-    in_all(lambda: generating.generate(policy, REQUESTS[:2]), processes)
-    return {}
+    if processes.index == processes.count - 1:
+        patch.setattr(LLM, name, value)
+    in_all(lambda: generating.generate(policy, requests if processes.is_main else []), processes)
 
 
 CASES: dict[str, Callable[[Path, int, pytest.MonkeyPatch], dict[str, Any]]] = {
@@ -161,6 +183,8 @@ CASES: dict[str, Callable[[Path, int, pytest.MonkeyPatch], dict[str, Any]]] = {
     "step-fails": step_fails,
     "start-fails": start_fails,
     "differs": differs,
+    "differs-in-steps": differs_in_steps,
+    "differs-early": differs_early,
 }
 
 

@@ -109,10 +109,17 @@ def test_a_process_that_fails_while_others_wait_for_it_ends_with_its_message(cas
 
 
 @pytest.mark.slow
-def test_processes_of_an_engine_that_draw_different_tokens_all_end(folder: Path):
-    for status, said in ended(folder, 2, 2, "differs"):
+@pytest.mark.parametrize("case", ["differs", "differs-in-steps"])
+def test_processes_of_an_engine_that_draw_different_tokens_all_end(case: str, folder: Path):
+    """Also where their schedulers took different numbers of steps, so that one asks whether to stop as another ends."""
+    for status, said in ended(folder, 2, 2, case):
         assert status == 1
         assert "SharedEngineError: the 2 processes that share an engine drew different tokens" in said
+
+
+@pytest.mark.slow
+def test_a_difference_ends_an_engine_before_all_is_drawn(folder: Path):
+    assert [one["aborted"] for one in run(folder, 2, 2, "differs-early")] == [47, 47]
 
 
 @pytest.mark.slow
@@ -143,7 +150,8 @@ def test_a_stage_that_only_draws_writes_what_one_process_writes(
         for run in ("two", "one")
     )
     for row in (*two, *one):
-        assert row.pop("base", "in evaluate alone")
+        assert ("base" in row) == (stage == "evaluate")
+        row.pop("base", None)
         row.pop("base_score", None)
     assert two == one
     assert len(two) == 5

@@ -92,6 +92,8 @@ class LLM:
     finish_reason: str | None = None
     off_by = 0.0
     """Added to every logit of token 5: an engine whose probabilities differ."""
+    further_steps = 0
+    """Steps that the scheduler takes after the last completion, as one that does not know of an end token."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class LLM:
         self.aborted: list[str] = []
         self.llm_engine = self
         self._waiting: list[tuple[str, list[int], SamplingParams]] = []
-        self._count = 0
+        self._count = self._further = 0
         self._parts: dict[int, torch.nn.Parameter] = {}  # weights of which this process has its part
         LLM.made.append(self)
 
@@ -179,17 +181,21 @@ class LLM:
         return identifiers
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._waiting or self._further)
 
     @torch.no_grad()
     def step(self) -> list[Any]:
         """The last request first: completions end in no order."""
         LLM.before_step()
+        if not self._waiting:
+            self._further -= 1
+            return []
         self.ranks.compare([(prompt, parameters) for _, prompt, parameters in self._waiting])
         for part in self._parts.values():  # in reality, the parts of products are summed
             distributed.all_reduce(part, group=self.ranks.group)
         self._parts = {}
         identifier, prompt, parameters = self._waiting.pop()
+        self._further = LLM.further_steps
         output = self.complete(prompt, parameters)
         unfinished = SimpleNamespace(request_id=identifier, finished=False, outputs=[])
         return [unfinished, SimpleNamespace(request_id=identifier, finished=True, outputs=[output])]
@@ -198,6 +204,7 @@ class LLM:
         assert internal
         self.aborted += request_ids
         self._waiting.clear()
+        self._further = 0
 
     @torch.no_grad()
     def complete(self, prompt: list[int], parameters: SamplingParams) -> Any:
@@ -239,4 +246,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     for name, value in (("made", []), ("before_step", staticmethod(lambda: None)), ("finish_reason", None)):
         monkeypatch.setattr(LLM, name, value)
     monkeypatch.setattr(LLM, "off_by", 0.0)
+    monkeypatch.setattr(LLM, "further_steps", 0)
     return LLM

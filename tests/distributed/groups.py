@@ -1,0 +1,33 @@
+"""Run as a script by several processes: `groups.py FOLDER SIZE` uses collectives of groups of SIZE processes.
+
+What was found is written to `FOLDER/SIZE-RANK.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf_cli.distributed.process_group import ProcessGroup, leave
+
+
+def main(folder: str, size: str) -> None:
+    everyone, group = ProcessGroup(), ProcessGroup(size=int(size))
+    total = torch.tensor([2.0**everyone.index])
+    group.all_reduce([total])
+    found = {
+        "place": [group.index, group.count],
+        "gathered": group.all_gather_object("x" * everyone.index),
+        "sum": total.item(),
+        "mapped": group.map([*range(5)], lambda own: [10 * everyone.index + one for one in own]),
+        "everyone": everyone.all_gather_object(everyone.index),
+    }
+    (Path(folder) / f"{size}-{everyone.index}.json").write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
