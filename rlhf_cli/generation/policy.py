@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.contract import read_contract
 from rlhf_cli.generation.decoding import check_decoding
@@ -24,9 +25,10 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.build import random_model
-from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer, policy_class
-from rlhf_cli.models.weight_loading import disable_dropout, finished, placement
+from rlhf_cli.models.build import untrained_policy
+from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer
+from rlhf_cli.models.sharded_loading import load_sharded_policy
+from rlhf_cli.models.sharding import computing, equal_passes, gathered, is_sharded
 from rlhf_cli.precision import autocast
 
 Weights = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -71,9 +73,10 @@ class Policy:
         *,
         load: Callable[[], PreTrainedModel],
         weights: Weights | None = None,
+        is_sharded: bool = False,
     ) -> None:
         self.source, self.config, self.format, self.sampling = source, config, format, sampling
-        self._load, self._weights = load, weights
+        self._load, self._weights, self._is_sharded = load, weights, is_sharded
         self._at_release: list[Callable[[], object]] = []
         self._model: PreTrainedModel | None = None
         self._extra_stop_ids = set(token_ids(sampling.stop_tokens, format))
@@ -87,6 +90,7 @@ class Policy:
         style: PromptStyle | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Weights | None = None,
+        is_sharded: bool = False,
     ) -> Policy:
         """Return the policy at `source`.
 
@@ -96,6 +100,7 @@ class Policy:
             style: how plain-text prompts become text; None leaves them as they are.
             tokenizer: of the model; None loads it.
             weights: of a model that is in memory already and may train, such as an adapter; None loads `source`.
+            is_sharded: divide the weights that are loaded among the processes.
 
         Raises:
             ModelError: the model has no configuration, no tokenizer or no chat template that is asked for.
@@ -106,13 +111,20 @@ class Policy:
             load_config(source),
             prompt_format(source, style or PromptStyle(), tokenizer or load_tokenizer(source)),
             sampling,
-            load=partial(load_policy, source),
+            load=partial(load_sharded_policy if is_sharded else load_policy, source),
             weights=weights,
+            is_sharded=is_sharded,
         )
 
     @classmethod
     def untrained(
-        cls, source: ModelSource, sampling: Sampling, *, seed: int, style: PromptStyle | None = None
+        cls,
+        source: ModelSource,
+        sampling: Sampling,
+        *,
+        seed: int,
+        style: PromptStyle | None = None,
+        is_sharded: bool = False,
     ) -> Policy:
         """Return a policy of the same shape as the one at `source`, with the random weights that `seed` gives.
 
@@ -123,11 +135,14 @@ class Policy:
             load_config(source),
             prompt_format(source, style or PromptStyle(), load_tokenizer(source)),
             sampling,
-            load=partial(_random_model, source, seed),
+            load=partial(untrained_policy, source, seed, is_sharded=is_sharded),
+            is_sharded=is_sharded,
         )
 
     def model(self) -> AbstractContextManager[PreTrainedModel]:
         """Context that yields the language model with this policy's weights active; loads them if necessary.
+
+        All processes load a sharded policy together.
 
         Raises:
             ModelError: the weights cannot be loaded, or the architecture computes its logits in an unknown way.
@@ -136,10 +151,20 @@ class Policy:
             return self._weights()
         if self._model is None:
             model = self._load()
-            with self.autocast():
-                check_decoding(model, self.source.path)
+            with self.autocast(), torch.no_grad():
+                computing(model, partial(check_decoding, model, self.source.path))
             self._model = model
         return nullcontext(self._model)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Context in which this process holds all weights of a sharded policy, to draw tokens from it; all processes
+        enter it together. Others are whole anyway, and are not loaded here."""
+        if not self.is_sharded:
+            yield
+            return
+        with self.model() as model, gathered(model):
+            yield
 
     def release(self) -> None:
         """Free the memory of weights that `load` loaded; they are loaded again when they are next used."""
@@ -156,6 +181,14 @@ class Policy:
     def may_change(self) -> bool:
         """Whether the weights may differ from one use to the next, as those of a policy that trains."""
         return self._weights is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes divide the weights among themselves, so that all of them use the policy together."""
+        if self._weights is None:
+            return self._is_sharded
+        with self._weights() as model:
+            return is_sharded(model)
 
     def autocast(self) -> torch.autocast:
         """Context in which the model computes in its precision."""
@@ -234,6 +267,8 @@ class Policy:
     ) -> list[TokenScores]:
         """Return the log-probability of each token of completions, stop token included, and the policy's entropy there.
 
+        Of a sharded policy every process calls this, for completions of its own, maybe none.
+
         Args:
             prompts: token ids of N prompts.
             completions: N completions, of any policy with equal `reading`.
@@ -243,25 +278,37 @@ class Policy:
         """
         heat = self.sampling.temperature if temperature is None else temperature
         with self.model() as model:
-            projection = Projection.of(model)
             order = sorted(range(len(completions)), key=_batch_order(model, prompts, completions))
             scores: list[TokenScores] = [TokenScores([], 0.0)] * len(completions)
-            for first in range(0, len(order), self.sampling.batch_size):
+            size = self.sampling.batch_size
+            batches = [order[first : first + size] for first in range(0, len(order), size)]
+            for rows, _ in equal_passes(model, batches, [], ProcessGroup(self.source.device)):
                 stop()
                 beat()
-                rows = order[first : first + self.sampling.batch_size]
-                batch = SequenceBatch.for_model(
-                    model, [prompts[row] for row in rows], [completions[row].ids for row in rows]
+                both = self._token_scores(
+                    model, [prompts[row] for row in rows], [completions[row].ids for row in rows], heat
                 )
-                with self.autocast():
-                    hidden = completion_hidden(model, batch)
-                    found = projection.token_logprobs(hidden, batch, temperature=heat)
-                both = torch.stack((found.logprobs, found.entropy)).double().tolist()
+                if not rows:
+                    continue
                 for row, logprobs, entropy in zip(rows, *both, strict=True):
                     length = len(completions[row].ids)
                     scores[row] = TokenScores(logprobs[:length], math.fsum(entropy[:length]))
                 progress(len(rows))
         return scores
+
+    def _token_scores(
+        self, model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], heat: float
+    ) -> list[list[list[float]]]:
+        """Return log-probabilities and entropies of N completions, padded; without any, pass over a token."""
+        batch = SequenceBatch.for_model(model, prompts or [[0]], completions or [[0]])
+
+        def compute() -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                hidden = completion_hidden(model, batch)
+                found = Projection.of(model).token_logprobs(hidden, batch, temperature=heat)
+            return found.logprobs, found.entropy
+
+        return torch.stack(computing(model, compute)).double().tolist()
 
 
 def _batch_order(
@@ -296,13 +343,3 @@ def own_stop_ids(model: PreTrainedModel, prompt_format: PromptFormat, path: str)
     if contract is not None:
         configured -= set(token_ids(contract.sampling.stop_tokens or (), prompt_format))
     return configured | prompt_format.end_ids
-
-
-def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:
-    config = load_config(source)
-    disable_dropout(config)
-    kind: Any = policy_class(config, source.path)
-    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
-        model = kind.from_config(config, **placement(source, torch.float32, is_quantized=False))
-    model.load_state_dict(random_model(config, seed).state_dict())
-    return finished(model.to(dtype=source.dtype), source)

@@ -37,7 +37,8 @@ class VLLMServerGenerator:
     """Completions by a vLLM server; implements `Generator` and `DrawsAhead`.
 
     A policy that trains sends its weights before every draw, and all processes of the run draw at the same time, also
-    for no requests. Others send them once, in `start`, or, with one process, when they are first used.
+    for no requests. So they do for a sharded policy, which sends its weights where the server has others. Other policies
+    send them once, in `start`, or, with one process, when they are first used.
 
     Args:
         settings: section `generation` of the recipe, with `vllm_server`.
@@ -94,7 +95,7 @@ class VLLMServerGenerator:
         """Draw one completion per request; see `Generator.generate`.
 
         Raises:
-            ServerLostError: the server was lost and did not come back; raised in all processes if the policy trains.
+            ServerLostError: the server was lost and did not come back; raised in all processes if they draw together.
             ModelError: a prompt is empty, or the server refuses a request.
             DivergedError: the policy's log-probabilities are not finite.
         """
@@ -153,7 +154,7 @@ class VLLMServerGenerator:
                 "a prompt has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
-        jointly = jointly or policy.may_change or self._processes.count == 1
+        jointly = jointly or policy.may_change or policy.is_sharded or self._processes.count == 1
         drawn: list[Drawn] | None = None
         reason: str | None = None
 
@@ -280,10 +281,8 @@ class VLLMServerGenerator:
 
     def _gathered(self, policy: Policy) -> None:
         """Take part in gathering the weights that process 0 sends."""
-        if not policy.may_change:  # a sharded model is one that trains
-            return
-        with policy.model() as model:
-            if is_sharded(model):
+        if policy.is_sharded:
+            with policy.model() as model:
                 GatheredItems(merged_weights(model)).finish()
 
 

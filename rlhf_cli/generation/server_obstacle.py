@@ -24,10 +24,11 @@ def server_obstacle(policies: Sequence[Policy]) -> Obstacle | None:
         return Obstacle(f"trl {version} is installed, and only {CLIENT} is supported", fix)
     if importlib.util.find_spec("requests") is None:
         return Obstacle("requests, which trl's client of vllm's server uses, is not installed", fix)
-    if len(policies) > 1 and ProcessGroup(policies[0].source.device).count > 1:
+    is_alone = ProcessGroup(policies[0].source.device).count == 1
+    if len(policies) > 1 and not is_alone and not policies[0].is_sharded:
         return Obstacle(
-            "several models take turns on the server, which works with one process only",
-            "run this stage with `--processes 1`, or without `generation.vllm_server`",
+            "several models take turns on the server, which works with one process or `model.sharding: fsdp` only",
+            "run this stage with `--processes 1` or `--set model.sharding=fsdp`, or without `generation.vllm_server`",
         )
     return obstacle(policies)
 

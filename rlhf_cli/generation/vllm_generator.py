@@ -166,7 +166,7 @@ class VLLMGenerator:
             DivergedError: the policy's log-probabilities are not finite.
         """
         gathered = self._group.gather(requests)
-        if not gathered.every and not _is_shared(policy):
+        if not gathered.every and not policy.is_sharded:
             return []
         if not all(request.prompt_ids for request in gathered.every):
             raise ModelError(
@@ -277,14 +277,6 @@ class VLLMGenerator:
                 f"vllm failed while {what}: {type(error).__name__}: {reason}",
                 hint=f"{TORCH}, or, if it is about memory, another `generation.gpu_memory_utilization` than {share:g}",
             ) from error
-
-
-def _is_shared(policy: Policy) -> bool:
-    """Whether each process holds a part of a policy, as of one that trains with `model.sharding: fsdp`."""
-    if not policy.may_change:
-        return False
-    with policy.model() as model:
-        return is_sharded(model)
 
 
 engines: list[Engine] = []

@@ -5,11 +5,13 @@ Annotators and judges compare completions with one another and produce rankings 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_cli.data.records import Prompt, Ranking
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.rewards.base import NO_COLUMNS, Columns, Reward
 from rlhf_cli.rewards.validation import finite_scores
 
@@ -32,6 +34,11 @@ class CompletionScorer(Protocol):
         """
         ...
 
+    def calls(self, own: int) -> int:
+        """Return how often to call `score`, if this process needs `own` calls: all processes of the run ask at the same
+        time, and those that score together call equally often, at last maybe without completions."""
+        ...
+
 
 @dataclass(frozen=True)
 class FunctionScorer:
@@ -49,6 +56,10 @@ class FunctionScorer:
         """See `CompletionScorer`; raises an error for a score that is not finite."""
         return finite_scores(self.function, prompts, completions, self.columns(prompts, completions))
 
+    def calls(self, own: int) -> int:
+        """See `CompletionScorer`; a function runs in one process."""
+        return own
+
 
 @dataclass(frozen=True)
 class RewardModelScorer:
@@ -60,6 +71,10 @@ class RewardModelScorer:
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """See `CompletionScorer`."""
         return self.model.score(prompts, completions, batch_size=self.batch_size)
+
+    def calls(self, own: int) -> int:
+        """See `CompletionScorer`."""
+        return max(ProcessGroup(self.model.device).all_gather_object(own)) if self.model.is_sharded else own
 
 
 def score_completions(
@@ -83,7 +98,8 @@ def score_completions(
         progress: called with the number of completions scored.
     """
     scores: list[list[float]] = []
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+    calls = scorer.calls(math.ceil(len(prompts) / _PROMPTS_AT_ONCE))
+    for start in range(0, calls * _PROMPTS_AT_ONCE, _PROMPTS_AT_ONCE):
         stop()
         groups = completions[start : start + _PROMPTS_AT_ONCE]
         distinct = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,10 +18,12 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.loading import ModelSource, load_config, policy_class
 from rlhf_cli.models.random_weights import RandomWeights
 from rlhf_cli.models.seeding import seeded
-from rlhf_cli.models.sharded_loading import without_memory
+from rlhf_cli.models.sharded_loading import divide_model, without_memory
 from rlhf_cli.models.weight_files import WeightFiles
+from rlhf_cli.models.weight_loading import disable_dropout, finished, placement
 from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.conversion import as_transformers, counterpart
@@ -120,6 +123,29 @@ def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
         if not isinstance(config, TransformerConfig):
             return as_transformers(TransformerForCausalLM(explicit_config(config)))
         return _explicit(config)
+
+
+def untrained_policy(source: ModelSource, seed: int, *, is_sharded: bool = False) -> PreTrainedModel:
+    """Return the language model at `source` with the weights of `random_model`, frozen if it is sharded.
+
+    Args:
+        source: of a model with the same configuration, and how the weights are held.
+        seed: of the weights.
+        is_sharded: divide them among the processes, which call this together. Each first draws them whole.
+
+    Raises:
+        ModelError: it is not a model that `build_model` makes.
+    """
+    config = load_config(source)
+    disable_dropout(config)
+    drawn = random_model(config, seed)
+    if is_sharded:
+        return divide_model(drawn, source)
+    kind: Any = policy_class(config, source.path)
+    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+        model = kind.from_config(config, **placement(source, torch.float32, is_quantized=False))
+    model.load_state_dict(drawn.state_dict())
+    return finished(model.to(dtype=source.dtype), source)
 
 
 def _explicit(config: TransformerConfig) -> TransformerForCausalLM | TransformerForSeq2SeqLM:

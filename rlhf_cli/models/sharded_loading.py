@@ -197,6 +197,34 @@ def _check_ties(model: PreTrainedModel, stored: Mapping[str, Any], path: str) ->
             )
 
 
+def load_sharded_policy(source: ModelSource) -> PreTrainedModel:
+    """Load the frozen language model of `loading.load_policy`, divided among the processes, which call this together.
+
+    Raises:
+        ModelError: see `open_model` and `UnreadModel.read`; raised in all processes.
+    """
+    opened: list[UnreadModel] = []
+    agreed(lambda: opened.append(open_policy(source)), ProcessGroup(source.device))
+    opened[0].model.requires_grad_(False)
+    return opened[0].read()
+
+
+def divide_model(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """Return a frozen copy of a model, divided among the processes, which call this together.
+
+    Args:
+        model: whole, the same in every process.
+        source: how the copy is held.
+
+    Raises:
+        ModelError: see `UnreadModel.read`.
+    """
+    divided = without_memory(type(model), model.config, source.dtype).requires_grad_(False)
+    if not is_our_attention(source.attention):
+        divided.set_attn_implementation(source.attention)
+    return UnreadModel(divided, source, model.state_dict()).read()
+
+
 def open_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> UnreadModel:
     """Open a language model; see `open_model` and `loading.load_policy`."""
     from rlhf_cli.models.loading import load_config, policy_class

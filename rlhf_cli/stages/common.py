@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_cli.generation.policy import Policy, Weights
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.models.reward_model.model import RewardModel
     from rlhf_cli.training.monitoring.metrics_log import MetricsLog
     from rlhf_cli.training.monitoring.trackers import Trackers
 
@@ -111,6 +112,8 @@ def load_policy(
 ) -> Policy:
     """Return the policy at `path`; its weights are loaded when they are first used.
 
+    With `model.sharding: fsdp` the processes divide them, and use the policy together.
+
     Args:
         context: of the stage.
         path: folder or hub id.
@@ -130,7 +133,27 @@ def load_policy(
         source = as_stored(source)
     tokenizer = load_tokenizer(source)
     style = style or prompt_style(context.recipe.data, path, tokenizer)
-    return Policy.load(source, sampling, style=style, tokenizer=tokenizer, weights=weights)
+    divides = context.recipe.model.sharding != "none"
+    return Policy.load(source, sampling, style=style, tokenizer=tokenizer, weights=weights, is_sharded=divides)
+
+
+def load_scorer(context: StageContext[Any, Any], path: str, *, policy: str | None) -> RewardModel:
+    """Load the reward model at `path`, frozen; with `model.sharding: fsdp` the processes divide it, and score together.
+
+    Args:
+        context: of the stage.
+        path: folder or hub id.
+        policy: folder or hub id of the model that wrote what is scored; None if no model did.
+
+    Raises:
+        ModelError: several labels, no head, or damaged files.
+    """
+    from rlhf_cli.generation.prompts import text_template
+    from rlhf_cli.models.reward_model.loading import load_reward_model
+    from rlhf_cli.models.reward_model.sharded import load_divided
+
+    load = load_reward_model if context.recipe.model.sharding == "none" else load_divided
+    return load(model_source(context.recipe, path), template=text_template(context.recipe.data, policy))
 
 
 def warn_of_rounding(context: StageContext[Any, Any], source: ModelSource) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ def draw_completions(
     Returns:
         K completions of each of these prompts.
     """
+    from rlhf_cli.generation.weights_to_draw import weights_to_draw
+
     size = max(1, policy.sampling.batch_size // per_prompt)
     chosen = range(len(prompts)) if numbers is None else numbers
     in_chunks = (early_chunks if is_early else chunks_by_length)([len(prompts.ids[number]) for number in chosen], size)
@@ -72,7 +75,9 @@ def draw_completions(
         say(f"{file.done:,} completions were sampled before")
         if receive is not None and file.left:
             receive(file.sampled())
-    if file.left:
+    # A sharded policy is loaded and drawn from by all processes, also by those without prompts.
+    draws = file.total > file.done if policy.is_sharded else file.left > 0
+    if draws:
         _ = policy.source.folder_with_weights  # a download has bars of its own
         with working(f"loading {policy.source.path} ..."), policy.model():
             pass  # loads the weights, which is not sampling
@@ -85,7 +90,7 @@ def draw_completions(
         drawings.append(Drawing(count, policy.sampling.max_new_tokens, bar))
         return drawings[-1]
 
-    with watch.phase("rollout", "sampling"):
+    with weights_to_draw(policy, generator) if draws else nullcontext(), watch.phase("rollout", "sampling"):
         if receive is not None and file.left and not file.done:
             first = file.next_chunk
             with task("sampling the first completions", len(first) * per_prompt, "completions") as bar:

@@ -10,8 +10,9 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import ModelSettings
 
-SHARDED_STAGES = ("sft", "train-rm", "ppo")
-"""Stages that train, and so divide models among processes."""
+_TRAINING = ("sft", "train-rm", "ppo")
+SHARDED_STAGES = (*_TRAINING, "label", "best-of-n", "evaluate")
+"""Stages that divide the models they load among the processes."""
 _OFFLOAD = "`--set ppo.offload_frozen=false --set model.sharding_cpu_offload=true` offloads the parts of all models"
 _WHOLE = "`--set model.sharding=none` lets every process hold whole models"
 
@@ -21,7 +22,7 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
     if recipe.model.sharding == "none":
         return
     found: list[tuple[str, str]] = []
-    for name in (name for name in SHARDED_STAGES if name in stages):
+    for name in (name for name in _TRAINING if name in stages):
         setting = f"{name.replace('-', '_')}.optimizer"
         if (optimizer := recipe.value(setting)) not in ("adamw", None):
             found.append((f"{setting}: {optimizer}", "change it"))
@@ -40,7 +41,7 @@ def described_processes(model: ModelSettings, count: int) -> str | None:
         return f"{count} processes share the work, each with whole models"
     size = sharding_size(model) or count
     groups = "" if size == count else f", in groups of {size}"
-    return f"{count} processes share the work; in training they also divide the models{groups} (`model.sharding: fsdp`)"
+    return f"{count} processes share the work; they also divide the models{groups} (`model.sharding: fsdp`)"
 
 
 def sharding_size(model: ModelSettings) -> int | None:
@@ -50,7 +51,7 @@ def sharding_size(model: ModelSettings) -> int | None:
 
 def check_processes(recipe: RunSettings, stages: Container[str]) -> None:
     """Raise `UsageError` if a stage that will run shards models, and what this process sees does not allow it."""
-    if any(name in stages for name in SHARDED_STAGES):
+    if any(recipe.value(f"{name.replace('-', '_')}.loads_model") for name in SHARDED_STAGES if name in stages):
         _check_processes(recipe.model, [local_world_size()])
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.console import console
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_to_json
-from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.scoring import FunctionScorer, RewardModelScorer, score_completions
 from rlhf_cli.memory import free_memory
 from rlhf_cli.progress import task, warn
@@ -18,9 +17,10 @@ from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.best_of_n.curve import Curve, curve_table, measure
 from rlhf_cli.stages.best_of_n.samples import SAMPLES, SampleRow, Samples, draw_samples, earlier_samples
 from rlhf_cli.stages.best_of_n.stage import BestOfNContext
-from rlhf_cli.stages.common import model_source
+from rlhf_cli.stages.common import load_scorer
 from rlhf_cli.stages.inputs import Input, source_of
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.sharding import require_processes
 from rlhf_cli.training.monitoring.timing_log import Work, timing_row
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def run(context: BestOfNContext, generator: Generator | None = None) -> StageOut
         context: of the stage.
         generator: draws completions; None is that of `generation.engine`.
     """
+    if context.settings.loads_model:
+        require_processes(context.recipe)
     context = decide_precision(context)
     inputs = context.inputs
     samples = earlier_samples(context) if inputs.samples is not None else draw_samples(context, generator)
@@ -88,12 +90,10 @@ def _score(
 
         rater = FunctionScorer(load_scoring_function(function), samples.columns)
     else:
-        from rlhf_cli.models.reward_model.loading import load_reward_model
-
         assert model is not None
-        template = text_template(context.recipe.data, source_of(context.inputs.policy))
-        source = model_source(context.recipe, model)
-        rater = RewardModelScorer(load_reward_model(source, template=template), context.settings.sampling.batch_size)
+        loaded = load_scorer(context, model, policy=source_of(context.inputs.policy))
+        rater = RewardModelScorer(loaded, context.settings.sampling.batch_size)
+        del loaded
     prompts, texts = [prompt for prompt, _ in pairs], [group for _, group in pairs]
     total = sum(map(len, samples.texts))
     with task(label, total, "completions", share=sum(map(len, texts))) as bar:

@@ -49,5 +49,6 @@ def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
     if path is None or path == baseline:
         return None
     if path == "build":
-        return Policy.untrained(model_source(recipe, baseline), of.sampling, seed=recipe.seed, style=style)
+        source, divides = model_source(recipe, baseline), recipe.model.sharding != "none"
+        return Policy.untrained(source, of.sampling, seed=recipe.seed, style=style, is_sharded=divides)
     return load_policy(context, path, of.sampling, style=style)

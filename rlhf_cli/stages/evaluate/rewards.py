@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.generator import Completion
-from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.progress import say_once, task
-from rlhf_cli.stages.common import model_source
+from rlhf_cli.stages.common import load_scorer, model_source
 from rlhf_cli.stages.evaluate.scores import ScoreFile, share_of_chunks
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
@@ -26,10 +25,12 @@ def rewarded(
     context: EvaluateContext,
     prompts: Sequence[Prompt],
     *sides: Sequence[Completion],
+    processes: ProcessGroup,
     file: ScoreFile | None = None,
-    processes: ProcessGroup | None = None,
 ) -> list[list[float]] | None:
     """Return the normalized rewards of each side's completions; None if there is no reward model.
+
+    All processes call this, and score a share each.
 
     Of an ensemble it takes the first member, and says so.
 
@@ -37,8 +38,8 @@ def rewarded(
         context: of the stage.
         prompts: N prompts.
         sides: N completions each.
+        processes: of the run.
         file: keeps the rewards of finished chunks; None keeps none.
-        processes: all of which call this and score a share each; None scores everything here.
     """
     from rlhf_cli.memory import free_memory
 
@@ -57,16 +58,13 @@ def _rewards(
     path: str,
     texts: Sequence[tuple[Prompt, str]],
     file: ScoreFile | None,
-    processes: ProcessGroup | None,
+    processes: ProcessGroup,
 ) -> list[float]:
     """Return the normalized rewards of (prompt, completion); the reward model is in memory meanwhile."""
-    from rlhf_cli.models.reward_model.loading import load_reward_model
-
-    template = text_template(context.recipe.data, context.inputs.baseline.source)
-    reward_model = load_reward_model(model_source(context.recipe, path), template=template)
+    reward_model = load_scorer(context, path, policy=context.inputs.baseline.source)
     left = len(texts) if file is None else file.lacks(len(texts))
     chunk = max(len(texts), 1) if file is None else _CHUNK
-    own = left if processes is None else share_of_chunks(processes, left, chunk)
+    own = share_of_chunks(processes, left, chunk)
     with task("rewards", len(texts), "completions", done=len(texts) - left, share=own) as bar:
 
         def share(rows: list[int]) -> list[float]:
@@ -74,7 +72,7 @@ def _rewards(
             return reward_model.score(prompts, completions, progress=bar.advance)
 
         def score(rows: list[int]) -> list[float]:
-            return share(rows) if processes is None else processes.map(rows, share)
+            return processes.map(rows, share)
 
         if file is None:
             return score(list(range(len(texts))))

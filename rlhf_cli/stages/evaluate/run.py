@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,25 +16,27 @@ from rlhf_cli.intervals import ENOUGH_PROMPTS, percent, percent_span
 from rlhf_cli.progress import say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import write_contract
+from rlhf_cli.stages.evaluate.base_model import base_rows, shown_rows
 from rlhf_cli.stages.evaluate.demonstrations import load_demonstrations
 from rlhf_cli.stages.evaluate.judge import Judge, load_judge, panel_verdicts
 from rlhf_cli.stages.evaluate.people import ITEMS, items_of, load_labels, people_verdicts
 from rlhf_cli.stages.evaluate.policies import load_policies
 from rlhf_cli.stages.evaluate.prompts import load_prompts
 from rlhf_cli.stages.evaluate.rewards import rewarded
-from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, measure
+from rlhf_cli.stages.evaluate.sampling import Sampler, measure
 from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.model_names import model_names
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.sharding import require_processes
 from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from rlhf_cli.data.sources import LoadedRecords
-    from rlhf_cli.generation.generator import Generator
+    from rlhf_cli.generation.generator import Completion, Generator
     from rlhf_cli.stages.evaluate.comparison import Comparison
     from rlhf_cli.stages.evaluate.results import Evaluation, Pair, PanelVerdicts
     from rlhf_cli.stages.evaluate.settings import EvaluateSettings
@@ -51,6 +53,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
         context: of the stage.
         generator: draws completions; None is that of `generation.engine`.
     """
+    require_processes(context.recipe)
     context = decide_precision(context)
     settings = context.settings
     policies, baseline = load_policies(context)
@@ -75,11 +78,12 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
         verdicts = panel_verdicts(context, repeated, sides, processes)
         if labels is not None:
             verdicts = people_verdicts(labels, repeated, sides)
+    base = base_rows(sampler, of_policies[0].policy, judge)
     if not processes.is_main:
         return StageOutcome()
     style = PromptStyle.of(policies[0].format)
     write_contract(context, context.inputs.policy.source, style, policies[0].sampling.settings(), ())
-    outcome = _outcome(sampler, of_baseline, of_policies, judge, verdicts, loaded)
+    outcome = _outcome(sampler, of_baseline, of_policies, base, verdicts, loaded)
     outcome.timing.update(sampler.timing())
     return outcome
 
@@ -114,29 +118,11 @@ def _judged(sampler: Sampler, side: Side, number: int, judge: Judge) -> Side:
     return dataclasses.replace(side, gold=file.fill(count, score, chunk=count))
 
 
-def _add_base(
-    sampler: Sampler, of: Side, comparisons: list[Comparison], shown: Sequence[int], judge: Judge | None
-) -> None:
-    """Add completions of the model before any training, with their scores, to the rows that are shown."""
-    base = base_completions(sampler, of.policy, shown)
-    if base is None:
-        return
-    policy, completions = base
-    prompts = [sampler.prompts[row] for row in shown]
-    scores: Sequence[float | None]
-    if judge is not None:
-        scores = judge.scores(prompts, policy, completions)
-    else:
-        (scores,) = rewarded(sampler.context, prompts, completions) or ([None] * len(prompts),)
-    for row, completion, score in zip(shown, completions, scores, strict=True):
-        comparisons[row] = dataclasses.replace(comparisons[row], base=completion, base_score=score)
-
-
 def _outcome(
     sampler: Sampler,
     baseline: Side,
     policies: Sequence[Side],
-    judge: Judge | None,
+    base: Mapping[int, tuple[Completion, float | None]],
     verdicts: PanelVerdicts | None,
     loaded: LoadedRecords,
 ) -> StageOutcome:
@@ -150,8 +136,9 @@ def _outcome(
         comparisons_of(prompts, policy, baseline, None if verdicts is None else verdicts[0, number])
         for number, policy in enumerate(policies, start=1)
     ]
-    shown = _shown_rows(len(prompts), settings)
-    _add_base(sampler, policies[0], comparisons[0], shown, judge)
+    shown = shown_rows(len(prompts), settings)
+    for row, (completion, score) in base.items():
+        comparisons[0][row] = dataclasses.replace(comparisons[0][row], base=completion, base_score=score)
     evaluation = evaluation_of(
         prompts, baseline, policies, decided_by=settings.decided_by, tie_margin=settings.tie_margin, verdicts=verdicts
     )
@@ -168,12 +155,6 @@ def _outcome(
         loaded.skips.write(context.output / "skips.jsonl")
     _print(metrics, [(comparisons[0][row], others[row]) for row in shown], evaluation, settings)
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, evaluation, settings))
-
-
-def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
-    """Return rows spread evenly over all completions, so that neither the best nor the worst are picked."""
-    shown = min(settings.shown_samples, count)
-    return [position * count // shown for position in range(shown)]
 
 
 def _save(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.intervals import Measure
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.progress import Task, say, task, warn
 from rlhf_cli.stages.evaluate.demonstrations import tokenized
-from rlhf_cli.stages.evaluate.policies import base_policy
 from rlhf_cli.stages.evaluate.rewards import rewarded
 from rlhf_cli.stages.evaluate.scores import ScoreFile, share_of_chunks
 from rlhf_cli.stages.evaluate.sides import Side
@@ -65,7 +64,9 @@ class Sampler:
             name: of the model, for the progress bar.
             best_of: completions per prompt.
         """
-        requests = self._requests(policy, best_of)
+        from rlhf_cli.generation.weights_to_draw import weights_to_draw
+
+        requests = self.requests(policy, best_of)
         # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
         order = sorted(range(len(requests)), key=lambda row: len(requests[row][0].prompt_ids))
         size = max(1, policy.sampling.batch_size // best_of)
@@ -78,14 +79,17 @@ class Sampler:
         if file.done:
             say(f"{file.done:,} {name} completions were sampled before")
         stop = self.context.stop.check
-        if file.left:
+        # A sharded policy is loaded and drawn from by all processes, also by those without prompts.
+        draws = file.total > file.done if policy.is_sharded else file.left > 0
+        if draws:
             with policy.model():
                 pass  # loads the weights, which is not sampling
         with (
+            weights_to_draw(policy, self.generator) if draws else nullcontext(),
             task(f"{name} completions", file.total, "completions", done=file.done, share=file.left) as bar,
             self.watch.phase("rollout", "sampling"),
         ):
-            progress = self._drawing(file.left, policy, bar)
+            progress = self.drawing(file.left, policy, bar)
 
             def draw(rows: Sequence[int]) -> list[Completion]:
                 chosen = [request for row in rows for request in requests[row]]
@@ -109,21 +113,8 @@ class Sampler:
         rewards = iter(found[0])
         return [max(own, key=lambda _: next(rewards)) for own in drawn]
 
-    def complete_alone(self, policy: Policy, rows: Sequence[int], label: str) -> list[Completion]:
-        """Return completions of some prompts in this process alone, without keeping them; `label` is of the bar."""
-        from rlhf_cli.generation.torch_generator import TorchGenerator
-        from rlhf_cli.generation.vllm_generator import VLLMGenerator
-
-        generator = self.generator
-        if isinstance(generator, VLLMGenerator) and generator.is_shared:
-            generator = TorchGenerator()
-        requests = self._requests(policy)
-        with task(label, len(rows), "completions") as bar, self.watch.phase("rollout", "sampling"):
-            progress = self._drawing(len(rows), policy, bar)
-            chosen = [requests[row][0] for row in rows]
-            return generator.generate(policy, chosen, progress=progress, stop=self.context.stop.check)
-
-    def _drawing(self, count: int, policy: Policy, bar: Task) -> Drawing:
+    def drawing(self, count: int, policy: Policy, bar: Task) -> Drawing:
+        """Return what counts the tokens of so many completions, for the bar and the timing."""
         self.drawn.append(Drawing(count, policy.sampling.max_new_tokens, bar))
         return self.drawn[-1]
 
@@ -132,7 +123,8 @@ class Sampler:
         tokens = sum(one.tokens for one in self.drawn)
         return timing_row(self.watch.end_step(), {"rollout": Work(tokens)})
 
-    def _requests(self, policy: Policy, best_of: int = 1) -> list[list[Request]]:
+    def requests(self, policy: Policy, best_of: int = 1) -> list[list[Request]]:
+        """Return the requests of each prompt."""
         from rlhf_cli.data.records import seed_for
 
         seed = self.context.recipe.seed
@@ -199,7 +191,8 @@ class Sampler:
 
         def score(rows: list[int]) -> list[dict[str, Any]]:
             seed = self.context.recipe.seed
-            own = [task_measures(policy, names[row], seed) for row in rows] if processes.is_main else []
+            with policy.whole():
+                own = [task_measures(policy, names[row], seed) for row in rows] if processes.is_main else []
             return processes.all_gather_object(own)[0]
 
         file = ScoreFile(self.context.work / f"{slot}_tasks.jsonl", processes)
@@ -304,20 +297,3 @@ def _no_kl(policy: Side, baseline: Side, *, alone: bool) -> str | None:
         which = "the two models" if alone else f"{policy.name} and {baseline.name}"
         return f"{which} read text differently (tokenizer or chat template), so their KL is not defined"
     return None
-
-
-def base_completions(sampler: Sampler, of: Policy, rows: Sequence[int]) -> tuple[Policy, list[Completion]] | None:
-    """Return the model before any training, sampled and prompted like another policy, with its completions of some
-    prompts; None if there is none or it cannot be loaded."""
-    try:
-        policy = base_policy(sampler.context, of)
-        if policy is None:
-            return None
-        with policy.model():
-            pass  # loads the weights
-        completions = sampler.complete_alone(policy, rows, "base completions")
-    except ModelError as error:
-        warn(f"completions of the base model are not shown: {error.message}")
-        return None
-    policy.release()
-    return policy, completions

@@ -17,11 +17,10 @@ from rlhf_cli.data.records import Candidates, Prompt, prompt_text, prompt_to_jso
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.files import write_whole
-from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.active_learning import Item, SelectedItem, Selection, select
 from rlhf_cli.labeling.scoring import RewardModelScorer, score_completions
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import EXCERPT, model_source
+from rlhf_cli.stages.common import EXCERPT, load_scorer
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled
 from rlhf_cli.stages.label.selection import items_of
@@ -106,12 +105,8 @@ def rewards_of(
         pairs: prompts of this process, with their completions.
     """
     from rlhf_cli.memory import free_memory
-    from rlhf_cli.models.reward_model.loading import load_reward_model
 
-    model = load_reward_model(
-        model_source(context.recipe, path),
-        template=text_template(context.recipe.data, source_of(context.inputs.policy)),
-    )
+    model = load_scorer(context, path, policy=source_of(context.inputs.policy))
     # Stages use normalized rewards, but preferences are defined on raw ones: the ranking loss was computed on them.
     model.mean, model.std = 0.0, 1.0
     scorer = RewardModelScorer(model, context.settings.sampling.batch_size)

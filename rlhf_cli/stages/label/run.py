@@ -16,7 +16,6 @@ from rlhf_cli.data.skips import Skip
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion
-from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.intervals import percent
 from rlhf_cli.labeling.exports.rows import ranking_to_json
 from rlhf_cli.labeling.scoring import (
@@ -29,7 +28,7 @@ from rlhf_cli.labeling.scoring import (
 )
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import EXCERPT, model_source
+from rlhf_cli.stages.common import EXCERPT, load_scorer
 from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.label.sampling import (
     ALL_EQUAL,
@@ -42,6 +41,7 @@ from rlhf_cli.stages.label.sampling import (
 )
 from rlhf_cli.stages.label.stage import LabelContext
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.sharding import require_processes
 from rlhf_cli.training.monitoring.step_lines import read_rows
 from rlhf_cli.training.monitoring.timing_log import TIMING, Work, append_attempt, timing_row, totals
 
@@ -100,6 +100,8 @@ class _Attempt:
 
 def _ranked(context: LabelContext, generator: Generator | None, attempt: _Attempt) -> StageOutcome:
     settings = context.settings
+    if settings.loads_model:
+        require_processes(context.recipe)
     context = decide_precision(context)
     if settings.samples:
         sampled = sample_completions(context, settings, attempt.effort, generator, _session_for(context, settings))
@@ -223,10 +225,7 @@ def _scorer(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
         from rlhf_cli.rewards.python_function import load_scoring_function
 
         return FunctionScorer(load_scoring_function(present(context.inputs.function)), sampled.columns)
-    from rlhf_cli.models.reward_model.loading import load_reward_model
-
-    source = model_source(context.recipe, present(context.inputs.reward_model))
-    model = load_reward_model(source, template=text_template(context.recipe.data, source_of(context.inputs.policy)))
+    model = load_scorer(context, present(context.inputs.reward_model), policy=source_of(context.inputs.policy))
     return RewardModelScorer(model, settings.sampling.batch_size)
 
 

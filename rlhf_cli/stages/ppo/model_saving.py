@@ -21,12 +21,12 @@ from rlhf_cli.generation.policy_saving import PROBE_SIZE, PROBE_TOKENS, TrainedA
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.generation.weights_to_draw import weights_to_draw
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.models.saving import writing
 from rlhf_cli.models.sharding import is_sharded
 from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
-from rlhf_cli.stages.ppo.rollout import weights_to_draw
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 STEPS = "steps"
@@ -158,8 +158,8 @@ def sample_probe(policy: Policy, prompts: TokenizedPrompts, generator: Generator
     short.sampling = dataclasses.replace(policy.sampling, max_new_tokens=length)
     starts = [ids[-PROBE_TOKENS:] for ids in prompts.ids[:PROBE_SIZE]]
     requests = [Request(ids, seed=row) for row, ids in enumerate(starts)]
-    with policy.model() as model, weights_to_draw(model, generator):
-        if not is_sharded(model):
+    with policy.model(), weights_to_draw(policy, generator):
+        if not policy.is_sharded:
             drawn = [one.ids for one in generator.generate(short, requests)]
         else:
             drawn = _drawn_by_main(generator, short, requests, ProcessGroup(policy.source.device))

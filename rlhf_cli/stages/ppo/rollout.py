@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.distributed.agreement import agreed
@@ -23,8 +21,8 @@ from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.server_draw import Drawn, DrawsAhead, PendingDraw
-from rlhf_cli.generation.vllm_generator import VLLMGenerator
-from rlhf_cli.models.sharding import gathered, is_sharded
+from rlhf_cli.generation.weights_to_draw import weights_to_draw
+from rlhf_cli.models.sharding import is_sharded
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns, Scores, columns_of
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -48,11 +46,6 @@ def own_sampling(settings: PPOSettings) -> StageSamplingSettings:
         stop_tokens=settings.stop_tokens,
         batch_size=settings.rollout_batch_size,
     )
-
-
-def weights_to_draw(model: PreTrainedModel, generator: Generator) -> AbstractContextManager[object]:
-    """Context in which a generator can draw from a model: a sharded one is whole, unless vLLM has its weights."""
-    return nullcontext() if isinstance(generator, DrawsAhead | VLLMGenerator) else gathered(model)
 
 
 class Rollouts:
@@ -121,7 +114,7 @@ class Rollouts:
         rows, numbers = self.numbered_rows(step, len(source))
         if self._ahead is None:
             return self.completions(source, rows, numbers, watch)
-        with self._policy.model() as model, weights_to_draw(model, self._generator):
+        with self._policy.model(), weights_to_draw(self._policy, self._generator):
             drawn, is_stale = self._take(self._ahead, source, rows, numbers, watch)
             if step + 1 < self._settings.steps:
                 self._begin(self._ahead, source, step + 1, watch, current=drawn if is_stale else None)
@@ -213,8 +206,8 @@ class Rollouts:
             ModelError: the engine of some process failed; likewise.
         """
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
-        with self._policy.model() as model:
-            with weights_to_draw(model, self._generator):  # not to score: a reward model is gathered itself
+        with self._policy.model():
+            with weights_to_draw(self._policy, self._generator):  # not to score: a reward model is gathered itself
                 drawn = self._in_all(lambda: self._draw(source, mine, watch, len(rows)), watch)
             return self._scored(source, rows, numbers, drawn, watch)
 

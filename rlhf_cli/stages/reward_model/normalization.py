@@ -13,6 +13,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.generator import Generator, Request
 from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.generation.prompts import PromptStyle
+from rlhf_cli.generation.weights_to_draw import weights_to_draw
 from rlhf_cli.models.loading import context_length, load_config
 from rlhf_cli.models.reward_model.classifier import is_classifier
 from rlhf_cli.models.reward_model.model import RewardModel
@@ -116,7 +117,8 @@ def _sample(
         requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, context.recipe.seed, 0)) for prompt in own]
         with task("completions to normalize rewards", len(fitting), "completions", share=len(own)) as bar:
             progress = Drawing(len(own), sampling.max_new_tokens, bar)
-            drawn = draws.generate(policy, requests, progress=progress, stop=context.stop.check)
+            with weights_to_draw(policy, draws):
+                drawn = draws.generate(policy, requests, progress=progress, stop=context.stop.check)
         return [completion.text for completion in drawn]
 
     texts = processes.map(fitting, complete)
