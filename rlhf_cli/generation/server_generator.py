@@ -37,7 +37,7 @@ class VLLMServerGenerator:
     """Completions by a vLLM server; implements `Generator` and `DrawsAhead`.
 
     A policy that trains sends its weights before every draw, and all processes of the run draw at the same time, also
-    for no requests. So they do for a sharded policy, which sends its weights where the server has others. Other policies
+    for no requests. So they do for a sharded policy, which sends its weights where the server has others. Other ones
     send them once, in `start`, or, with one process, when they are first used.
 
     Args:

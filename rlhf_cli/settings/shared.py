@@ -129,8 +129,8 @@ class ModelSettings(Section):
     device: Annotated[str, EffortOnly()] = "auto"
     """`cpu`, `cuda` or `auto` (CUDA if available, else the CPU). Select a GPU with CUDA_VISIBLE_DEVICES."""
     sharding: Annotated[Literal["none", "fsdp"], EffortOnly()] = "none"
-    """`fsdp`: in `sft`, `train_rm` and `ppo`, the processes divide weights, gradients and moments among themselves
-    (torch's `fully_shard`), so that a model that does not fit on one GPU can be trained. Needs several processes; see
+    """`fsdp`: the processes divide weights, gradients and moments among themselves (torch's `fully_shard`), so that a
+    model that does not fit on one GPU can be trained, drawn from and evaluated. Needs several processes; see
     docs/processes.md for what it does not support. `none`: every process holds whole models."""
     sharding_size: Annotated[Annotated[int, Field(ge=2)] | Literal["machine"] | None, EffortOnly()] = None
     """Processes that divide a model among themselves with `sharding: fsdp`; null is all of them. `machine`, or a number

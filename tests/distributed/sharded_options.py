@@ -24,6 +24,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup, leave
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import Interrupted, ModelError
 from rlhf_cli.files import hash_file
+from rlhf_cli.generation import policy as policies
 from rlhf_cli.generation import vllm_generator
 from rlhf_cli.generation.generator import Generator
 from rlhf_cli.generation.policy import Policy
@@ -39,7 +40,6 @@ from rlhf_cli.models.reward_model.loading import new_reward_model
 from rlhf_cli.models.sharding import local, whole
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import GenerationSettings, LoraSettings
-from rlhf_cli.stages.ppo import rollout
 from rlhf_cli.stages.ppo.data import PPOData
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
@@ -159,7 +159,7 @@ def server(model: Path, adapter: str, folder: Path) -> dict[str, object]:
     def refused(model: object) -> None:
         raise AssertionError("a process gathered the whole policy")
 
-    patch.setattr(rollout, "gathered", refused)
+    patch.setattr(policies, "gathered", refused)
     first = server_stand_in.StandIn(model) if processes.is_main else None
     together = Run(
         model, given, folder / "two", is_sharded=True, reward=reward, draws=lambda one: draws(one, first, processes)
@@ -208,7 +208,7 @@ def colocated(model: Path, adapter: str, folder: Path, size: int = 1) -> dict[st
     def refused(model: object) -> None:
         raise AssertionError("a process gathered the whole policy")
 
-    patch.setattr(rollout, "gathered", refused)
+    patch.setattr(policies, "gathered", refused)
 
     def draws(policy: Policy, size: int) -> Generator:
         Kept.policy = policy.model

@@ -82,7 +82,11 @@ def started_by_rank(script: str, arguments: Sequence[object], count: int) -> lis
 
 def launch(folder: Path, cases: Sequence[str], count: int) -> None:
     """Run cases in several processes."""
-    started = started_by_rank("sharded.py", [folder, *cases], count)
+    wait_for(started_by_rank("sharded.py", [folder, *cases], count))
+
+
+def wait_for(started: Sequence) -> None:
+    """Wait until all processes have ended without an error."""
     try:
         for process in started:
             stdout, stderr = process.communicate(timeout=900)

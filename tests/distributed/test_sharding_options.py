@@ -260,11 +260,11 @@ def test_the_processes_of_a_machine_are_checked_before_they_meet(of_machine: str
     [
         ({}, 1, None),
         ({"sharding": "none"}, 2, "2 processes share the work, each with whole models"),
-        ({}, 4, "4 processes share the work; in training they also divide the models (`model.sharding: fsdp`)"),
+        ({}, 4, "4 processes share the work; they also divide the models (`model.sharding: fsdp`)"),
         (
             {"sharding_size": 2},
             4,
-            "4 processes share the work; in training they also divide the models, in groups of 2 "
+            "4 processes share the work; they also divide the models, in groups of 2 "
             "(`model.sharding: fsdp`)",
         ),
     ],
