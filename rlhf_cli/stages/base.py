@@ -15,7 +15,17 @@ from typing import Any, Generic, TypeVar
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.model_shape import ModelShape
-from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, sent, vllm_share
+from rlhf_cli.models.resources import (
+    Extent,
+    MemoryNeed,
+    loading,
+    memory_need,
+    number_bytes,
+    own_part,
+    sent,
+    shards,
+    vllm_share,
+)
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -158,17 +168,20 @@ def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent
         recipe: of the run.
         extent: of the stage.
     """
-    shape, size = extent.shape, number_bytes(recipe.model.precision)
+    shape, size, parts = extent.shape, number_bytes(recipe.model.precision), shards(recipe.model, extent)
     sampled = sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     longest = (extent.prompt or recipe.data.max_prompt_tokens) + sampled
-    weights = {"policy": float(shape.weights * size)}
+    weights = {"policy": own_part(recipe.model, extent, shape.weights * size)}
     rows = sampling.batch_size
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
+    gathered = {"gathered": shape.gathered(size, on_cpu=extent.on_cpu)} if parts > 1 else {}
     if recipe.generation.vllm_server is not None:
         drawing = {"sent": sent(shape)}
     elif recipe.generation.engine == "vllm":
-        drawing = {"vLLM": vllm_share(shape, recipe.generation, extent, longest)}
-    return memory_need(extent, {"load": loading(extent, weights), "rollout": weights | drawing})
+        drawing = {"vLLM": vllm_share(shape, recipe.generation, extent, longest)} | gathered
+    elif parts > 1:  # the whole policy, for every token
+        drawing["gathered"] = shape.weights * size + (2.0 * shape.sent_at_once(size) if extent.on_cpu else 0.0)
+    return memory_need(extent, {"load": loading(extent, weights, parts), "rollout": weights | drawing})
 
 
 def not_estimated(settings: Any, recipe: RunSettings, extent: Extent) -> MemoryNeed | None:

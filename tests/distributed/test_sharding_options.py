@@ -264,8 +264,7 @@ def test_the_processes_of_a_machine_are_checked_before_they_meet(of_machine: str
         (
             {"sharding_size": 2},
             4,
-            "4 processes share the work; they also divide the models, in groups of 2 "
-            "(`model.sharding: fsdp`)",
+            "4 processes share the work; they also divide the models, in groups of 2 (`model.sharding: fsdp`)",
         ),
     ],
 )
