@@ -124,7 +124,7 @@ def run_case(folder: Path, case: str, place: Path, generation: dict[str, Any], *
         section["sampling"] = {"max_new_tokens": 6, "batch_size": 3}
     model = {"precision": "float32", "device": "cpu"} | ({"sharding": "fsdp"} if is_sharded else {})
     recipe = Recipe.model_validate({
-        "seed": 3, "model": model, "data": {"prompt_template": None, "holdout": 0.4}, "generation": generation,
+        "seed": 3, "model": model, "data": {"prompt_template": None, "holdout": 0.4, "max_prompt_tokens": 32}, "generation": generation,
         stage.replace("-", "_"): section,
     })  # fmt: skip
     given: dict[str, Any] = {"prompts": "prompts.jsonl"} | ({} if stage == "evaluate" else {"policy": "llama"}) | inputs
