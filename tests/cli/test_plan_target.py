@@ -228,6 +228,7 @@ def test_a_policy_that_is_too_large_to_be_drawn_from_has_remedies_that_can_be_pa
     served = "generation={vllm_server: http://HOST:8000}"
     assert f"--set '{served}' saves" in said
     assert "fits; needs a vLLM server on 2 more such GPUs (`--server-gpus 2` plans it)" in said
+    assert "none suffices" not in said, "evaluate draws as PPO does"
     (pasted,) = [
         one for one in planned(small, *given, served, size="70b", count=8, servers=2).stages if one.name == "ppo"
     ]

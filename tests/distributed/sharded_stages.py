@@ -122,9 +122,10 @@ def run_case(folder: Path, case: str, place: Path, generation: dict[str, Any], *
         del section["completions_per_prompt"]
     else:
         section["sampling"] = {"max_new_tokens": 6, "batch_size": 3}
+    data = {"prompt_template": None, "holdout": 0.4, "max_prompt_tokens": 32}
     model = {"precision": "float32", "device": "cpu"} | ({"sharding": "fsdp"} if is_sharded else {})
     recipe = Recipe.model_validate({
-        "seed": 3, "model": model, "data": {"prompt_template": None, "holdout": 0.4}, "generation": generation,
+        "seed": 3, "model": model, "data": data, "generation": generation,
         stage.replace("-", "_"): section,
     })  # fmt: skip
     given: dict[str, Any] = {"prompts": "prompts.jsonl"} | ({} if stage == "evaluate" else {"policy": "llama"}) | inputs
@@ -167,6 +168,7 @@ def stand_ins(case: str, folder: Path, processes: ProcessGroup) -> Iterator[dict
         found = {"vllm_server": processes.all_gather_object(None if server is None else server.url)[0]}
     elif kind == "shared engine":
         found["tensor_parallel_size"] = processes.count
+        patch.setenv("LOCAL_WORLD_SIZE", str(processes.count))
     try:
         yield found
     finally:

@@ -14,7 +14,8 @@ from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, SERVER_SHARE, Predictor, Server, Took
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.settings.shared import GenerationSettings
+from rlhf_cli.settings.shared import GenerationSettings, StageSamplingSettings
+from rlhf_cli.stages.base import sampling_memory
 from rlhf_cli.stages.ppo.memory import ppo_memory
 from rlhf_cli.stages.training_memory import host_copy
 from rlhf_cli.stages.workload import Work, Workload, drawing
@@ -242,6 +243,23 @@ def test_a_reward_model_of_its_own_is_divided_too_and_so_is_what_is_loaded_and_s
     assert half["load"] == {name: whole["load"][name] / 2 for name in whole["load"]} | {"gathered": block}
     others = 1_900 * 4 / 2 + 2_900 * 2 / 2 + 2 * 1_900 * 4 / 2  # reference, reward model, critic and what was written
     assert half["save"] == {"policy": 1_900 * 4 / 2, "gathered": block, "other models": others}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rollout"),
+    [
+        pytest.param({}, {"gathered": 1_900 * 2}, id="the torch engine holds the whole policy"),
+        pytest.param({"engine": "vllm"}, {"gathered": (2 * 550 + 800) * 2}, id="layer after layer"),
+    ],
+)
+def test_stages_that_only_sample_divide_the_policy_too(changes: dict[str, Any], rollout: dict[str, int]):
+    extent = Extent(SHAPE, processes=2, prompt=10, device=100_000)
+    found = sampling_memory(StageSamplingSettings(), recipe("fsdp", **changes), extent).phases
+    assert found["rollout"]["policy"] == found["load"]["policy"] == 1_900 * 2 / 2
+    assert rollout.items() <= found["rollout"].items()
+    whole = sampling_memory(StageSamplingSettings(), recipe(**changes), extent).phases["rollout"]
+    assert whole["policy"] == 1_900 * 2
+    assert "gathered" not in whole
 
 
 def test_policies_of_save_steps_are_copied_beside_all_that_trains():
