@@ -137,7 +137,7 @@ def load_policy(
     return Policy.load(source, sampling, style=style, tokenizer=tokenizer, weights=weights, is_sharded=divides)
 
 
-def load_scorer(context: StageContext[Any, Any], path: str, *, policy: str | None) -> RewardModel:
+def load_reward_model(context: StageContext[Any, Any], path: str, *, policy: str | None) -> RewardModel:
     """Load the reward model at `path`, frozen; with `model.sharding: fsdp` the processes divide it, and score together.
 
     Args:
@@ -149,10 +149,10 @@ def load_scorer(context: StageContext[Any, Any], path: str, *, policy: str | Non
         ModelError: several labels, no head, or damaged files.
     """
     from rlhf_cli.generation.prompts import text_template
-    from rlhf_cli.models.reward_model.loading import load_reward_model
-    from rlhf_cli.models.reward_model.sharded import load_divided
+    from rlhf_cli.models.reward_model import loading, sharded
 
-    load = load_reward_model if context.recipe.model.sharding == "none" else load_divided
+    is_whole = context.recipe.model.sharding == "none"
+    load = loading.load_reward_model if is_whole else sharded.load_divided
     return load(model_source(context.recipe, path), template=text_template(context.recipe.data, policy))
 
 

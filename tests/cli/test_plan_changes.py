@@ -132,7 +132,7 @@ def test_a_stage_that_does_not_train_has_the_same_ways_to_draw(stage):
 
 @pytest.mark.parametrize("generation", ["{engine: vllm}", "{vllm_server: 'http://host:1'}"])
 def test_quantization_is_not_named_where_vllm_draws(generation):
-    with pytest.raises(ValidationError, match="cannot hand the weights of a policy with .* to vLLM"):
+    with pytest.raises(ValidationError, match=r"cannot hand the weights of a policy with .* to vLLM"):
         recipe_of(f"generation={generation}", "model.quantize=8bit")
     advice, combined = advised("ppo", recipe_of(f"generation={generation}"), extent_of("70b", 1))
     assert not [one for one in (*advice, *combined) if "quantize" in one.change]

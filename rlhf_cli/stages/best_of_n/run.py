@@ -17,7 +17,7 @@ from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.best_of_n.curve import Curve, curve_table, measure
 from rlhf_cli.stages.best_of_n.samples import SAMPLES, SampleRow, Samples, draw_samples, earlier_samples
 from rlhf_cli.stages.best_of_n.stage import BestOfNContext
-from rlhf_cli.stages.common import load_scorer
+from rlhf_cli.stages.common import load_reward_model
 from rlhf_cli.stages.inputs import Input, source_of
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.sharding import require_processes
@@ -91,7 +91,7 @@ def _score(
         rater = FunctionScorer(load_scoring_function(function), samples.columns)
     else:
         assert model is not None
-        loaded = load_scorer(context, model, policy=source_of(context.inputs.policy))
+        loaded = load_reward_model(context, model, policy=source_of(context.inputs.policy))
         rater = RewardModelScorer(loaded, context.settings.sampling.batch_size)
         del loaded
     prompts, texts = [prompt for prompt, _ in pairs], [group for _, group in pairs]

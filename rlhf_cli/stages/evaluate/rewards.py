@@ -9,7 +9,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.progress import say_once, task
-from rlhf_cli.stages.common import load_scorer, model_source
+from rlhf_cli.stages.common import load_reward_model, model_source
 from rlhf_cli.stages.evaluate.scores import ScoreFile, share_of_chunks
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
@@ -61,7 +61,7 @@ def _rewards(
     processes: ProcessGroup,
 ) -> list[float]:
     """Return the normalized rewards of (prompt, completion); the reward model is in memory meanwhile."""
-    reward_model = load_scorer(context, path, policy=context.inputs.baseline.source)
+    reward_model = load_reward_model(context, path, policy=context.inputs.baseline.source)
     left = len(texts) if file is None else file.lacks(len(texts))
     chunk = max(len(texts), 1) if file is None else _CHUNK
     own = share_of_chunks(processes, left, chunk)

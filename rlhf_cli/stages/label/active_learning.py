@@ -20,7 +20,7 @@ from rlhf_cli.files import write_whole
 from rlhf_cli.labeling.active_learning import Item, SelectedItem, Selection, select
 from rlhf_cli.labeling.scoring import RewardModelScorer, score_completions
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import EXCERPT, load_scorer
+from rlhf_cli.stages.common import EXCERPT, load_reward_model
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled
 from rlhf_cli.stages.label.selection import items_of
@@ -106,7 +106,7 @@ def rewards_of(
     """
     from rlhf_cli.memory import free_memory
 
-    model = load_scorer(context, path, policy=source_of(context.inputs.policy))
+    model = load_reward_model(context, path, policy=source_of(context.inputs.policy))
     # Stages use normalized rewards, but preferences are defined on raw ones: the ranking loss was computed on them.
     model.mean, model.std = 0.0, 1.0
     scorer = RewardModelScorer(model, context.settings.sampling.batch_size)

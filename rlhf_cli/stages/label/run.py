@@ -28,7 +28,7 @@ from rlhf_cli.labeling.scoring import (
 )
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import EXCERPT, load_scorer
+from rlhf_cli.stages.common import EXCERPT, load_reward_model
 from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.label.sampling import (
     ALL_EQUAL,
@@ -225,7 +225,7 @@ def _scorer(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
         from rlhf_cli.rewards.python_function import load_scoring_function
 
         return FunctionScorer(load_scoring_function(present(context.inputs.function)), sampled.columns)
-    model = load_scorer(context, present(context.inputs.reward_model), policy=source_of(context.inputs.policy))
+    model = load_reward_model(context, present(context.inputs.reward_model), policy=source_of(context.inputs.policy))
     return RewardModelScorer(model, settings.sampling.batch_size)
 
 
