@@ -58,13 +58,20 @@ class EngineGroup:
         """The processes; None if this one is alone. All processes of the run ask for it first at the same time."""
         return None if self.size == 1 else ProcessGroup(size=self.size)
 
-    def gather(self, requests: Sequence[Request]) -> GroupRequests:
-        """Return the requests of all processes of the group; each may have another number of them, or none."""
+    def gather(self, requests: Sequence[Request], stop: Callable[[], object] = lambda: None) -> GroupRequests:
+        """Return the requests of all processes of the group.
+
+        Args:
+            requests: of this process; each may have another number of them, or none.
+            stop: as in `draw`; not called by a process that is alone.
+        """
         if self.members is None:
             return GroupRequests(requests, slice(None))
-        plain = self.members.all_gather_object([[list(one.prompt_ids), one.seed] for one in requests])
-        first = sum(map(len, plain[: self.members.index]))
-        every = [Request(ids, seed) for share in plain for ids, seed in share]
+        told = self.members.all_gather_object([_signal(stop), [[list(one.prompt_ids), one.seed] for one in requests]])
+        _interrupt([signum for signum, _ in told])
+        shares = [share for _, share in told]
+        first = sum(map(len, shares[: self.members.index]))
+        every = [Request(ids, seed) for share in shares for ids, seed in share]
         return GroupRequests(every, slice(first, first + len(requests)))
 
     def draw(
@@ -139,6 +146,11 @@ def _compare(signum: int | None, state: list[int], members: ProcessGroup) -> Non
             f"the {members.count} processes that share an engine drew different tokens from the same random numbers",
             hint="use equal GPUs and please report it, or draw with `--set generation.tensor_parallel_size=1`",
         )
-    for sent, _ in told:
-        if sent is not None:
-            raise Interrupted(sent)
+    _interrupt([sent for sent, _ in told])
+
+
+def _interrupt(signals: Sequence[int | None]) -> None:
+    """Raise `Interrupted` if a process has a signal: the others would wait for it."""
+    for signum in signals:
+        if signum is not None:
+            raise Interrupted(signum)

@@ -164,7 +164,7 @@ class VLLMGenerator:
             SharedEngineError: vLLM fails, and the processes that share the engine wait for this one.
             DivergedError: the policy's log-probabilities are not finite.
         """
-        gathered = self._group.gather(requests)
+        gathered = self._group.gather(requests, stop)
         if not gathered.every and not policy.is_sharded:
             return []
         if not all(request.prompt_ids for request in gathered.every):

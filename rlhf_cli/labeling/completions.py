@@ -72,7 +72,6 @@ class CompletionFile:
     def fill(
         self,
         sample: Callable[[Sequence[int]], list[Completion]],
-        before_chunk: Callable[[], object],
         after_chunk: Callable[[Mapping[int, list[Completion]]], object] = lambda _: None,
     ) -> None:
         """Sample the missing chunks; each is on disk before the next begins. Returns when all processes are done.
@@ -80,8 +79,7 @@ class CompletionFile:
         Args:
             sample: takes numbers of prompts; returns K completions per prompt, in the order of the prompts. All
                 processes call it equally often, for those that share an engine: with no prompts where others have more
-                chunks.
-            before_chunk: called when everything so far is on disk; may raise to stop.
+                chunks. May raise to stop: earlier chunks are kept.
             after_chunk: called with number -> K completions of a chunk of this process, once they are on disk.
 
         Raises:
@@ -90,10 +88,8 @@ class CompletionFile:
         self._path(self._processes.index).touch()
         for chunk in self._mine:
             if chunk[0] not in self._done:
-                before_chunk()
                 after_chunk(self.add(chunk, sample(chunk)))
         for _ in range(self._idle):
-            before_chunk()
             sample(())
         self._processes.barrier()
         self._done = set(self._numbers)

@@ -98,7 +98,7 @@ def draw_completions(
             receive(drawn)  # after the end of the bar: an interface may open now
         done, left = file.done, file.left
         with task("sampling completions", file.total, "completions", done=done, share=left) as bar:
-            file.fill(partial(draw, progress=counted(left, bar)), context.stop.check, receive or (lambda _: None))
+            file.fill(partial(draw, progress=counted(left, bar)), receive or (lambda _: None))
     policy.release()
     return file.read()
 

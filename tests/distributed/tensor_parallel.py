@@ -73,7 +73,7 @@ def draws(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     alone = generating.generate(policy, REQUESTS[:2] if processes.index == 0 else [])
     chunks = [[0, 1], [2], [3, 4], [5], [6]]
     file = CompletionFile(folder / "samples.jsonl", chunks, 1, processes)
-    file.fill(lambda rows: generating.generate(policy, [REQUESTS[row] for row in rows]), lambda: None)
+    file.fill(lambda rows: generating.generate(policy, [REQUESTS[row] for row in rows]))
     nothing = generating.generate(policy, [])
     (engine,) = LLM.made
     return {
@@ -84,7 +84,7 @@ def draws(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def stops(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A signal reaches the last process alone."""
+    """A signal reaches the last process alone, once it draws."""
     processes, policy = ProcessGroup(), policy_at(folder)
     generating = generator(size)
     asked = 0
@@ -92,7 +92,7 @@ def stops(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     def stop() -> None:
         nonlocal asked
         asked += 1
-        if processes.index == processes.count - 1:
+        if asked > 1 and processes.index == processes.count - 1:
             raise Interrupted(15)
 
     with pytest.raises(Interrupted) as caught:
@@ -100,6 +100,24 @@ def stops(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     (engine,) = LLM.made
     again = generating.generate(policy, REQUESTS[:2])
     return {"signum": caught.value.signum, "asked": asked, "aborted": len(engine.aborted), "again": plain(again)}
+
+
+def stops_between(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A signal reaches the last process alone, once its first chunk is on disk."""
+    processes, policy = ProcessGroup(), policy_at(folder)
+    generating = generator(size)
+    generating.start(policy)
+    kept: list[object] = []
+
+    def stop() -> None:
+        if kept and processes.index == processes.count - 1:
+            raise Interrupted(15)
+
+    file = CompletionFile(folder / "stopped.jsonl", [[0], [1], [2], [3]], 1, processes)
+    with pytest.raises(Interrupted) as caught:
+        file.fill(lambda rows: generating.generate(policy, [REQUESTS[row] for row in rows], stop=stop), kept.append)
+    (engine,) = LLM.made
+    return {"signum": caught.value.signum, "kept": len(kept), "aborted": len(engine.aborted)}
 
 
 def refuses(folder: Path, size: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -179,6 +197,7 @@ def differing(
 CASES: dict[str, Callable[[Path, int, pytest.MonkeyPatch], dict[str, Any]]] = {
     "draws": draws,
     "stops": stops,
+    "stops-between": stops_between,
     "refuses": refuses,
     "step-fails": step_fails,
     "start-fails": start_fails,

@@ -86,9 +86,14 @@ def test_completions_do_not_depend_on_how_many_processes_share_an_engine(
 def test_a_signal_in_one_process_stops_all_of_an_engine_at_the_same_step(folder: Path):
     found = run(folder, 2, 2, "stops")
     assert [one["signum"] for one in found] == [15, 15]
-    assert [one["asked"] for one in found] == [1, 1]
+    assert [one["asked"] for one in found] == [2, 2], "before the first step and after 16"
     assert [one["aborted"] for one in found] == [22, 22]
     assert found[0]["again"] == found[1]["again"], "they can draw again"
+
+
+@pytest.mark.slow
+def test_a_signal_between_two_chunks_stops_all_of_an_engine(folder: Path):
+    assert run(folder, 2, 2, "stops-between") == 2 * [{"signum": 15, "kept": 1, "aborted": 0}]
 
 
 @pytest.mark.slow

@@ -25,14 +25,14 @@ def sampler(log: list[int]):
 
 def whole(folder: Path) -> bytes:
     file = CompletionFile(folder / "whole.jsonl", CHUNKS, 2)
-    file.fill(sampler([]), lambda: None)
+    file.fill(sampler([]))
     return (folder / "whole.jsonl").read_bytes()
 
 
 def test_completions_come_back_in_the_order_of_the_prompts(tmp_path: Path):
     file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2)
     assert file.done == 0
-    file.fill(sampler([]), lambda: None)
+    file.fill(sampler([]))
     assert file.done == 10
     assert [[completion.ids[0] for completion in group] for group in file.read()] == [[n, n] for n in range(5)]
     assert file.read()[3][1] == Completion([3, 1], "à3\n1", finished=False)
@@ -43,7 +43,7 @@ def test_log_probabilities_of_the_sampler_are_not_kept(tmp_path: Path):
         return [replace(one, logprobs=[-1.0, -2.0]) for one in sampler([])(chunk)]
 
     file = CompletionFile(tmp_path / "drawn.jsonl", CHUNKS, 2)
-    file.fill(sample, lambda: None)
+    file.fill(sample)
     assert (tmp_path / "drawn.jsonl").read_bytes() == whole(tmp_path)
 
 
@@ -58,7 +58,7 @@ def test_a_file_torn_at_any_byte_is_completed_to_the_same_bytes(tmp_path: Path):
         file = CompletionFile(path, CHUNKS, 2)
         kept = sum(end <= cut for end in ends)
         assert file.done == 2 * sum(len(chunk) for chunk in CHUNKS[:kept])
-        file.fill(sampler(log), lambda: None)
+        file.fill(sampler(log))
         assert log == [number for chunk in CHUNKS[kept:] for number in chunk]
         assert path.read_bytes() == content
 
@@ -74,7 +74,7 @@ def test_other_chunks_keep_whole_chunks_of_before(chunks: list[list[int]], lines
     log: list[int] = []
     file = CompletionFile(path, chunks, 2)
     assert file.done == 2 * (5 - len(left))
-    file.fill(sampler(log), lambda: None)
+    file.fill(sampler(log))
     assert sorted(log) == left
     assert [[completion.ids for completion in group] for group in file.read()] == [[[n, 0], [n, 1]] for n in range(5)]
     assert CompletionFile(path, CHUNKS, 2).done == 10
@@ -90,7 +90,7 @@ def test_damage_is_cut_off_with_what_follows(damage: bytes, tmp_path: Path):
     path.write_bytes(b"".join([*lines[:4], damage, *lines[5:]]))
     file = CompletionFile(path, CHUNKS, 2)
     assert file.done == 4
-    file.fill(sampler([]), lambda: None)
+    file.fill(sampler([]))
     assert path.read_bytes() == content
 
 
@@ -102,7 +102,7 @@ def test_every_flipped_bit_is_seen_and_repaired(tmp_path: Path, capfd: pytest.Ca
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         file = CompletionFile(path, CHUNKS, 2)
-        file.fill(sampler([]), lambda: None)
+        file.fill(sampler([]))
         assert path.read_bytes() == content
     assert f"bytes of {path} are torn or damaged" in capfd.readouterr().err.replace("\n", " ")
 
@@ -124,7 +124,7 @@ def test_prompts_in_no_chunk_stay_in_the_file_and_are_not_returned(tmp_path: Pat
     file = CompletionFile(path, [[1, 3], [0]], 2, prompts=range(5))
     assert (file.done, file.left) == (4, 2)
     assert sorted(file.sampled()) == [0, 1]
-    file.fill(sampler(log), lambda: None)
+    file.fill(sampler(log))
     assert log == [3]
     assert [group[0].ids[0] for group in file.read()] == [0, 1, 3]
     assert CompletionFile(path, CHUNKS, 2).done == 10
@@ -132,17 +132,17 @@ def test_prompts_in_no_chunk_stay_in_the_file_and_are_not_returned(tmp_path: Pat
     assert CompletionFile(path, CHUNKS, 2, prompts=range(2)).done == 0, "of another set of prompts"
 
 
-def test_a_stop_between_chunks_keeps_what_is_done(tmp_path: Path):
-    calls: list[int] = []
+def test_a_stop_while_a_chunk_is_sampled_keeps_those_before(tmp_path: Path):
+    sampled: list[int] = []
 
-    def stop() -> None:
-        calls.append(1)
-        if len(calls) == 3:
+    def sample(chunk):
+        if len(sampled) == 4:
             raise KeyboardInterrupt
+        return sampler(sampled)(chunk)
 
     path = tmp_path / "samples.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        CompletionFile(path, CHUNKS, 2).fill(sampler([]), stop)
+        CompletionFile(path, CHUNKS, 2).fill(sample)
     assert CompletionFile(path, CHUNKS, 2).done == 8
 
 
@@ -153,4 +153,4 @@ def test_a_full_disk_says_how_many_bytes_it_needs(tmp_path: Path, monkeypatch: p
     file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2)
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DiskError, match=r"cannot write \d+ bytes to .*samples\.jsonl: No space left"):
-        file.fill(sampler([]), lambda: None)
+        file.fill(sampler([]))

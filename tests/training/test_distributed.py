@@ -190,16 +190,15 @@ def test_partial_answers_of_two_processes_are_completed_by_one(tmp_path):
 
     def work(processes: ProcessGroup) -> None:
         file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2, processes)
-        calls: list[int] = []
+        chunks: list[object] = []
 
-        def stop() -> None:
-            calls.append(1)
-            if len(calls) == 2:
+        def stopped(chunk):
+            if chunks:
                 raise Interrupted(signal.SIGTERM)
+            return sample(chunk)
 
-        if processes.index == 0:
-            file.fill(sample, stop)  # its first chunk is safe, its second is not
-        file.fill(sample, lambda: None)
+        # The first chunk of process 0 is safe, its second is not.
+        file.fill(stopped if processes.index == 0 else sample, chunks.append)
 
     with pytest.raises((Interrupted, _threads.threading.BrokenBarrierError)):
         in_threads(2, work)
@@ -209,7 +208,7 @@ def test_partial_answers_of_two_processes_are_completed_by_one(tmp_path):
     file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2)
     assert (file.done, file.left) == (8, 2)
     sampled.clear()
-    file.fill(sample, lambda: None)
+    file.fill(sample)
     assert sampled == [3]
     assert [completion.ids[0] for group in file.read() for completion in group] == [
         0,

@@ -95,7 +95,7 @@ class Sampler:
                 chosen = [request for row in rows for request in requests[row]]
                 return self.generator.generate(policy, chosen, progress=progress, stop=stop)
 
-            file.fill(draw, stop)
+            file.fill(draw)
         return file.read()
 
     def best(self, drawn: Sequence[Sequence[Completion]], slot: str) -> list[Completion]:

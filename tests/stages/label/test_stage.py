@@ -82,7 +82,7 @@ def test_stopped_and_resumed_sampling_writes_the_same_bytes(gold: str, prompts: 
     settings = {"by": "function", "function": gold}
     run(tmp_path / "straight", inputs, **settings)
     with pytest.raises(Interrupted):
-        run(tmp_path / "broken", inputs, StopAtCheck(3 * 13 + 5), **settings)  # at the fifth token of the fourth batch
+        run(tmp_path / "broken", inputs, StopAtCheck(3 * 12 + 5), **settings)  # at the fifth token of the fourth batch
     samples = tmp_path / "broken" / "work" / "samples.jsonl"
     assert len(samples.read_text().splitlines()) == 3 * 8
     with samples.open("ab") as file:
