@@ -138,6 +138,7 @@ class VLLMGenerator:
             ModelError: vLLM cannot be started, or computes something else.
             SharedEngineError: likewise, while other processes wait for this one.
         """
+        _ = self._group.members  # made by all processes of the run together, not between the steps of an engine
         try:
             self._loaded(policy)
         except SharedEngineError:

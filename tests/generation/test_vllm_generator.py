@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_cli.errors import DivergedError, Interrupted, ModelError
+from rlhf_cli.generation.engine_group import EngineGroup
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.policy import Policy
@@ -124,6 +125,16 @@ def test_a_policy_that_does_not_train_hands_its_weights_over_once_until_it_is_re
     assert llm.calls == ["load", "reset"] * 2 + ["sleep 2"]
     draws.generate(policy, REQUESTS)
     assert llm.calls[-4:] == ["wake weights", "load", "reset", "wake kv_cache"]
+
+
+def test_processes_of_a_sharded_policy_form_their_groups_before_an_engine_exists(vllm, tiny_llama, monkeypatch):
+    """All processes of the run make them together; in a step, each would wait for the engines of the others."""
+    engines: list[int] = []
+    monkeypatch.setattr(EngineGroup, "members", property(lambda self: engines.append(len(vllm.made))))
+    monkeypatch.setattr("rlhf_cli.generation.vllm_generator.is_sharded", lambda model: True)
+    generator().start(policy_at(tiny_llama))
+    assert engines[0] == 0
+    assert len(vllm.made) == 1
 
 
 def test_the_active_adapter_is_in_the_weights_that_are_handed_over(vllm, tiny_llama):
