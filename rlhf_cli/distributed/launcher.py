@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from rlhf_cli.errors import UsageError
 
 ENTRY: tuple[str, ...] = ("-m", "rlhf_cli")
 """Python arguments that start this command."""
+
+TYPED = "RLHF_TYPED"
+"""Environment variable with the arguments that the user typed, as a shell reads them, for the record of the run."""
 
 _OPTIONS = ("--processes", "--accelerate-config")
 
@@ -58,7 +62,8 @@ def start(processes: int, *, threads: int | None, log: Path) -> None:
             f"`--processes` does not work on {platform.system()}, which has no process groups",
             hint="leave it out, or run rlhf under Linux (WSL) or macOS",
         )
-    environment = worker_environment(os.environ, processes, threads=threads)
+    typed = {TYPED: shlex.join(sys.argv[1:])}
+    environment = worker_environment({**os.environ, **typed}, processes, threads=threads)
     supervise(worker_command(sys.argv[1:]), processes, environment, log)
 
 
@@ -108,6 +113,7 @@ def exec_accelerate(config: Path) -> NoReturn:
     """
     check_accelerate_config(config)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    os.environ[TYPED] = shlex.join(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     # No shell and no parent process: signals have to reach the launcher itself.

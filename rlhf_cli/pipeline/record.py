@@ -11,6 +11,7 @@ log.txt             all messages (`rlhf_cli.run_log`)
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -21,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.distributed.launcher import TYPED
 from rlhf_cli.distributed.ranks import world_size
-from rlhf_cli.distributed.worker import is_supervised
 from rlhf_cli.files import append, write_whole
 from rlhf_cli.pipeline.manifest import now, versions
 from rlhf_cli.pipeline.paths import with_absolute_paths
@@ -90,12 +91,11 @@ def last_command(folder: Path) -> str | None:
 
 
 def command_line() -> str:
-    """Return the command that a user typed, as a shell reads it; processes of `--processes` lack this option."""
-    name, given = Path(sys.argv[0]).name, sys.argv[1:]
-    if is_supervised():
-        end = given.index("--") if "--" in given else len(given)
-        given = [*given[:end], "--processes", str(world_size()), *given[end:]]
-    return shlex.join(["rlhf" if name == "__main__.py" else name, *given])  # `python -m rlhf_cli` is the same
+    """Return the command that a user typed, as a shell reads it; `launcher` starts others without its own options."""
+    name = Path(sys.argv[0]).name
+    name = "rlhf" if name == "__main__.py" else shlex.quote(name)  # `python -m rlhf_cli` is the same
+    given = os.environ[TYPED] if TYPED in os.environ and world_size() > 1 else shlex.join(sys.argv[1:])
+    return f"{name} {given}".rstrip()
 
 
 def _environment(recipe: Path | None) -> dict[str, Any]:

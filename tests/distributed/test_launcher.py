@@ -17,6 +17,7 @@ import pytest
 from rlhf_cli.distributed import launcher as launch
 from rlhf_cli.distributed.ranks import check_launcher_environment
 from rlhf_cli.errors import UsageError
+from rlhf_cli.pipeline.record import command_line
 
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 SCRIPT = Path(__file__).parent / "supervised.py"
@@ -270,9 +271,15 @@ def test_a_configuration_is_passed_to_accelerates_launcher(tmp_path, monkeypatch
     commands = []
     monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
     monkeypatch.setattr(sys, "argv", ["rlhf", "ppo", "--accelerate-config", str(config), "--seed", "4"])
+    monkeypatch.setenv(launch.TYPED, "")  # so that it is removed afterwards
     launch.exec_accelerate(config)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     assert commands == [[sys.executable, *launcher, "-m", "rlhf_cli", "ppo", "--seed", "4"]]
+    monkeypatch.setattr(sys, "argv", ["rlhf", "ppo", "--seed", "4"])  # what each process gets
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert command_line() == f"rlhf ppo --accelerate-config {config} --seed 4"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert command_line() == "rlhf ppo --seed 4", "a command that a reward function starts"
 
 
 def test_zero_processes_are_refused(toy):
