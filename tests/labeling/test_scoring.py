@@ -44,17 +44,20 @@ class Wavering:
     """A scorer whose score of a text depends on its place, as a model's does in the last bit."""
 
     def __init__(self) -> None:
-        self.calls: list[list[tuple[object, str]]] = []
+        self.asked: list[list[tuple[object, str]]] = []
 
     def score(self, prompts, completions):
-        self.calls.append(list(zip(prompts, completions, strict=True)))
+        self.asked.append(list(zip(prompts, completions, strict=True)))
         return [len(text) + 1e-7 * place for place, text in enumerate(completions)]
+
+    def calls(self, own):
+        return own
 
 
 def test_equal_completions_to_a_prompt_get_equal_scores():
     scorer = Wavering()
     scores = score_completions(scorer, ["p", "q"], [["aa", "b", "aa"], ["aa", "aa", "c"]])
-    assert scorer.calls == [[("p", "aa"), ("p", "b"), ("q", "aa"), ("q", "c")]]
+    assert scorer.asked == [[("p", "aa"), ("p", "b"), ("q", "aa"), ("q", "c")]]
     assert scores[0][0] == scores[0][2]
     assert tiers_from_scores(scores[1]) == ((0, 1), (2,))
     assert [len(group) for group in scores] == [3, 3]
@@ -65,7 +68,7 @@ def test_scoring_goes_in_batches_that_keep_a_prompt_together():
     prompts = [f"p{n}" for n in range(70)]
     completions = [[f"{n}a", f"{n}bb"] for n in range(70)]
     scores = score_completions(scorer, prompts, completions, stop=lambda: asked.append(1), progress=done.append)
-    assert [len(call) for call in scorer.calls] == [128, 12]
+    assert [len(call) for call in scorer.asked] == [128, 12]
     assert (sum(done), len(asked)) == (140, 2)
     assert [[round(x) for x in group] for group in scores] == [[len(a), len(b)] for a, b in completions]
 
