@@ -41,7 +41,10 @@ RECORDS = 16
 """Demonstrations, prompts and rankings."""
 LIMIT = 3_600
 """Seconds after which a command is killed."""
-DIVIDED = ("policy", "critic", "reference", "reward model", "gradients", "optimizer", "trained weights", "other models")
+DIVIDED = (
+    *("policy", "critic", "reference", "reward model", "SFT model"),
+    *("gradients", "optimizer", "trained weights", "other models"),
+)
 """Roles of `rlhf plan` that ranks divide; the others each has whole."""
 
 

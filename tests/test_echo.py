@@ -102,7 +102,8 @@ def read_until(master: int, word: bytes) -> bytes:
 
 
 WITHIN = """
-import time
+import signal, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where these tests run under nohup
 from rich.console import Console
 from rich.live import Live
 from rlhf_cli.echo import leaving_on_signals, without_echo

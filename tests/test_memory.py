@@ -33,7 +33,7 @@ libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 def one_pass():
     blocks = [libc.malloc(20 << 20) for _ in range(4)]
     for block in blocks:
-        ctypes.memset(block, 1, 200 << 10)
+        ctypes.memset(block, 1, 20 << 20)
     for block in blocks:
         libc.free(block)
 

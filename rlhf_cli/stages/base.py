@@ -168,11 +168,24 @@ def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent
         recipe: of the run.
         extent: of the stage.
     """
-    shape, size, parts = extent.shape, number_bytes(recipe.model.precision), shards(recipe.model, extent)
     sampled = sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     longest = (extent.prompt or recipe.data.max_prompt_tokens) + sampled
-    weights = {"policy": own_part(recipe.model, extent, shape.weights * size)}
-    rows = sampling.batch_size
+    weights = {"policy": own_part(recipe.model, extent, extent.shape.weights * number_bytes(recipe.model.precision))}
+    drawing = drawing_memory(recipe, extent, sampling.batch_size, longest)
+    loads = loading(extent, weights, shards(recipe.model, extent))
+    return memory_need(extent, {"load": loads, "rollout": weights | drawing})
+
+
+def drawing_memory(recipe: RunSettings, extent: Extent, rows: int, longest: int) -> dict[str, float]:
+    """Return the roles of drawing from a policy that is not trained, without its weights: bytes by role.
+
+    Args:
+        recipe: of the run.
+        extent: of the stage.
+        rows: completions that a process draws at a time.
+        longest: tokens of a prompt with its completion.
+    """
+    shape, size, parts = extent.shape, number_bytes(recipe.model.precision), shards(recipe.model, extent)
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     gathered = {"gathered": shape.gathered(size, on_cpu=extent.on_cpu)} if parts > 1 else {}
     if recipe.generation.vllm_server is not None:
@@ -181,7 +194,7 @@ def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent
         drawing = {"vLLM": vllm_share(shape, recipe.generation, extent, longest)} | gathered
     elif parts > 1:  # the whole policy, for every token
         drawing["gathered"] = shape.weights * size + (2.0 * shape.sent_at_once(size) if extent.on_cpu else 0.0)
-    return memory_need(extent, {"load": loading(extent, weights, parts), "rollout": weights | drawing})
+    return drawing
 
 
 def not_estimated(settings: Any, recipe: RunSettings, extent: Extent) -> MemoryNeed | None:

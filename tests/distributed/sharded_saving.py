@@ -281,7 +281,11 @@ def probe(model: Path) -> dict[str, object]:
     """Let each process draw other tokens; return those that each one gets."""
     loaded, index = load(source_of(model, "float32"), "none", is_sharded=True), ProcessGroup().index
     policy = SimpleNamespace(
-        model=lambda: nullcontext(loaded), sampling=Sampling(max_new_tokens=4), source=source_of(model, "float32")
+        model=lambda: nullcontext(loaded),
+        whole=nullcontext,
+        is_sharded=True,
+        sampling=Sampling(max_new_tokens=4),
+        source=source_of(model, "float32"),
     )
 
     def generate(_policy: object, requests: list[Request]) -> list[SimpleNamespace]:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.sharding import compute_on
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sharding import (
     check_groups,
     check_processes,
@@ -252,7 +253,7 @@ def test_the_processes_of_a_machine_are_checked_before_they_meet(of_machine: str
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", of_machine)
     with pytest.raises(UsageError, match=message):
-        check_processes(recipe(sharding_size="machine"), {"sft"})
+        check_processes(recipe(sharding_size="machine").model_copy(update={"sft": SFTSettings(data="d")}), {"sft"})
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_no_stage_samples_or_formats_prompts_of_a_language_model_on_its_own():
     for word in ("generation_config", "eos_token_id", ".generate(policy", "apply_chat_template"):
         found = {path.relative_to(package).as_posix() for path, text in texts.items() if word in text}
         drawing = {"evaluate/sampling.py", "completions.py", "reward_model/normalization.py", "trial.py"}
+        drawing.add("evaluate/base_model.py")
         drawing.add("ppo/model_saving.py")  # the completions on which the written policy is compared
         allowed = {".generate(policy": drawing}
         assert found <= allowed.get(word, set()), word

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, saving, shards
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, own_part, saving, shards
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
-from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, drawing_memory, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 from rlhf_cli.stages.reward_model.requirements import check_requirements
 from rlhf_cli.stages.reward_model.settings import NORMALIZED_OVER, RewardModelSettings
@@ -70,7 +70,7 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
     parts = shards(recipe.model, extent)
     phases = {"load": loading(extent, need.weights, parts), "update": need.weights | need.update}
     if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):
-        phases["rollout"] = need.weights | _drawing(recipe, extent, number_bytes(recipe.model.precision))
+        phases["rollout"] = need.weights | _drawing(recipe, extent)
     # An adapter is small; its base is read again to be compared.
     phases["save"] = phases["load"]
     if rank is None:
@@ -78,16 +78,15 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
     return memory_need(extent, phases)
 
 
-def _drawing(recipe: RunSettings, extent: Extent, size: int) -> dict[str, float]:
+def _drawing(recipe: RunSettings, extent: Extent) -> dict[str, float]:
     """Roles of sampling the completions that rewards are normalized over."""
-    shape = extent.shape
     prompts = min(NORMALIZED_OVER, extent.records or NORMALIZED_OVER)
     rows = min(StageSamplingSettings().batch_size, math.ceil(prompts / extent.processes))
     longest = (extent.prompt or recipe.data.max_prompt_tokens) + (
         recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     )
-    decoding = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
-    return {"SFT model": float(shape.weights * size), **decoding}
+    weights = own_part(recipe.model, extent, extent.shape.weights * number_bytes(recipe.model.precision))
+    return {"SFT model": weights, **drawing_memory(recipe, extent, rows, longest)}
 
 
 RewardModelContext = StageContext[RewardModelSettings, RewardModelInputs]

@@ -39,7 +39,7 @@ def draw(rank: Rank, error: Exception | None) -> None:
             raise error
         return []
 
-    policy: Any = SimpleNamespace(model=lambda: nullcontext(nn.Module()), sampling=Sampling())
+    policy: Any = SimpleNamespace(model=lambda: nullcontext(nn.Module()), whole=nullcontext, sampling=Sampling())
     generator: Any = SimpleNamespace(generate=generate)
     processes: Any = rank
     rollouts = Rollouts(

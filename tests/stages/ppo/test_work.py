@@ -81,9 +81,9 @@ def test_a_step_times_its_phases_and_shows_them(tiny_llama, tmp_path, make_train
     shown: list[str] = []
 
     class Bar:
-        def within(self, units, doing, **_) -> None:
+        def within(self, units, doing, *, amount, unit_left, **_) -> None:
             assert 0 <= units <= 1
-            shown.append(doing)
+            shown.append(f"{doing} {amount}{'' if unit_left is None else ' in step'}")
 
     watch = StepWatch(guess=trainer.phases)
     watch.show_on(Bar())  # pyright: ignore[reportArgumentType]
