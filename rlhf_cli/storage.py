@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from rlhf_cli.errors import RLHFError, StorageError, UsageError
@@ -42,6 +42,11 @@ Moved = Callable[[int], object]
 def is_url(name: str) -> bool:
     """Whether a name is a URL rather than a path."""
     return "://" in name
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name of a file, as a storage lists it, leads to a place inside of the folder that it is put into."""
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def has_password(url: str) -> bool:
@@ -224,8 +229,9 @@ class _Missing(Exception):  # noqa: N818  (never leaves this module)
 
 def _version(found: dict[str, Any]) -> str:
     """Return what changes with the content of a file, as far as its storage tells."""
-    names = ("etag", "md5hash", "content_md5", "last_modified", "lastmodified", "mtime", "generation", "size")
-    return repr([(name, str(value)) for name, value in sorted(found.items()) if name.lower() in names])
+    known = {"etag", "md5hash", "content_md5", "digest", "last_modified", "lastmodified", "mtime", "generation", "size"}
+    names = {name: name.lower().replace("-", "_") for name in sorted(found)}  # of HTTP: Last-Modified
+    return repr([(name, str(found[name])) for name, plain in names.items() if plain in known])
 
 
 def retried(do: Callable[[], T]) -> T:

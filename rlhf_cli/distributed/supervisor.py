@@ -232,6 +232,10 @@ class _Supervisor:
         """Whether the forwarded signal ended it before it could report that."""
         return self._signum is not None and rank.process.returncode == -self._signum
 
+    def _follows(self, rank: _Rank) -> bool:
+        """Whether it stopped because another rank asked all to: no signal came from outside."""
+        return self._signum is None and rank.report.get("code") in (130, 143)
+
     def _raise_failure(self) -> None:
         if self._at_once:
             raise KeyboardInterrupt
@@ -239,7 +243,9 @@ class _Supervisor:
             return  # it does the last work of a run
         if sys.stderr.isatty():  # a progress bar of rank 0 may have hidden the cursor
             sys.stderr.write("\033[?25h\n")
-        failed = sorted((rank for rank in self._ranks if rank.failed), key=lambda rank: rank.order)
+        failed = sorted(
+            (rank for rank in self._ranks if rank.failed), key=lambda rank: (self._follows(rank), *rank.order)
+        )
         first = failed[0]
         if self._log is not None and first.report.get("code") != EXIT_IN_USE and self._log.parent.is_dir():
             open_log(self._log)

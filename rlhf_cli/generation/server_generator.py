@@ -160,12 +160,12 @@ class VLLMServerGenerator:
 
         def draw() -> None:
             nonlocal drawn, reason
-            drawn, reason = self._collected(self._draw(requests, sampling, stop_ids), progress, stop)
+            if reason is None:  # else this process waits for the others, which may be drawing
+                drawn, reason = self._collected(self._draw(requests, sampling, stop_ids), progress, stop)
 
         for _ in range(_ATTEMPTS):
             drawn, reason = None, self._hand_over(policy, jointly=jointly, stop=stop)
-            if reason is None:
-                agreed(draw, self._processes if jointly else None)
+            agreed(draw, self._processes if jointly else None)
             is_lost = self._processes.any(drawn is None) if jointly else drawn is None
             if drawn is not None and not is_lost:
                 return drawn

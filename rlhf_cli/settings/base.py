@@ -43,6 +43,11 @@ class StageSection(Section):
         """Whether the stage loads a model into this process; if so, the `model` settings affect its result."""
         return True
 
+    @property
+    def divides_model(self) -> bool:
+        """Whether one of these models is divided by `model.sharding: fsdp`."""
+        return self.loads_model
+
 
 @dataclass(frozen=True)
 class External:

@@ -51,7 +51,7 @@ def sharding_size(model: ModelSettings) -> int | None:
 
 def check_processes(recipe: RunSettings, stages: Container[str]) -> None:
     """Raise `UsageError` if a stage that will run shards models, and what this process sees does not allow it."""
-    if any(recipe.value(f"{name.replace('-', '_')}.loads_model") for name in SHARDED_STAGES if name in stages):
+    if any(recipe.value(f"{name.replace('-', '_')}.divides_model") for name in SHARDED_STAGES if name in stages):
         _check_processes(recipe.model, [local_world_size()])
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from rlhf_cli.errors import DataError
 from rlhf_cli.files import fsync_tree, rename, waiting_lock
 from rlhf_cli.pipeline.disk_space import check_free_space
-from rlhf_cli.storage import Storage, transfer_bar
+from rlhf_cli.storage import Storage, is_inside, transfer_bar
 
 _fetched: dict[str, str] = {}
 
@@ -62,7 +62,7 @@ def _download(storage: Storage, files: dict[str, tuple[int | None, str]], folder
     check_free_space(partial, total)
     with transfer_bar(f"downloading {storage.url}", total) as moved:
         for path, (size, _) in files.items():
-            if ".." in PurePosixPath(path).parts:
+            if not is_inside(path):
                 raise DataError(f"{storage.url}: has a file named `{path}`", hint="rename it")
             storage.download(path, partial / name / path, size, moved)
             if size not in (None, (partial / name / path).stat().st_size):

@@ -11,13 +11,13 @@ import json
 import secrets
 import socket
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypedDict
 
 from rlhf_cli.errors import StorageError, UsageError
 from rlhf_cli.files import write_whole
 from rlhf_cli.pipeline.manifest import now
-from rlhf_cli.storage import Storage
+from rlhf_cli.storage import Storage, is_inside
 
 INDEX = "rlhf-remote.json"
 RECORD = ".remote.json"
@@ -80,7 +80,7 @@ def read_index(storage: Storage) -> Index | None:
         plain = json.loads(content)
         if plain["format"] == FORMAT:
             found = Index(**plain)
-            if all(_is_inside(path) for path in found.files):
+            if all(is_inside(path) for path in found.files):
                 return found
     except (ValueError, KeyError, TypeError):
         plain = {"format": FORMAT}
@@ -90,10 +90,6 @@ def read_index(storage: Storage) -> Index | None:
             hint="use that version, or another URL",
         )
     raise StorageError(f"{storage.url}/{INDEX} is damaged", hint="restore an earlier version of it, or use another URL")
-
-
-def _is_inside(path: str) -> bool:
-    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
 
 
 @dataclass(frozen=True)

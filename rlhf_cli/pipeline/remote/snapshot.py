@@ -68,10 +68,13 @@ def scan(folder: Path) -> dict[str, Seen] | None:
     if any(folder.glob(f".*.output/{FILE_NAME}")):
         return None
     found = {}
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, followlinks=True):
         inside = Path(parent).relative_to(folder)
         at_top = inside == Path()
-        folders[:] = [name for name in folders if _is_copied(name, at_top=at_top)]
+        above = {one.resolve() for one in (Path(parent), *Path(parent).parents)}  # links may form a circle
+        folders[:] = [
+            name for name in folders if _is_copied(name, at_top=at_top) and (Path(parent) / name).resolve() not in above
+        ]
         for name in names:
             if _is_copied(name, at_top=at_top) and (seen := _seen(Path(parent) / name)) is not None:
                 found[(inside / name).as_posix()] = seen

@@ -160,8 +160,13 @@ class LabelSettings(StageSection):
     def loads_model(self) -> bool:
         """Whether this process loads any model."""
         judges = self.judge is not None and any(judge.model is not None for judge in self.judge.panel)
+        return self.divides_model or judges
+
+    @property
+    def divides_model(self) -> bool:
+        """Whether it loads a policy or reward models; judges are whole in every process."""
         selects = self.active_learning is not None and bool(self.active_learning.reward_models)
-        return self.samples or self.reward_model is not None or judges or selects
+        return self.samples or self.reward_model is not None or selects
 
     @model_validator(mode="before")
     @classmethod

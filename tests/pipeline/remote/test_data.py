@@ -82,6 +82,27 @@ def test_an_interrupted_download_is_never_taken_for_whole(tmp_path: Path, monkey
     assert Path(fetch(f"file://{tmp_path}/far")).read_text() == "whole"
 
 
+@pytest.mark.parametrize("key", ["/bucket/data//etc/cron.d/x", "/bucket/data/../x"])
+def test_no_name_in_a_bucket_leads_out_of_the_cache(key: str, faulty):
+    path = {key: {"name": key, "size": 1, "type": "file"}}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(faulty, "info", lambda *_, **__: {"name": "/bucket/data", "type": "directory"})
+        patched.setattr(faulty, "find", lambda *_, **__: path)
+        with pytest.raises(DataError, match="has a file named"):
+            fetch("faulty://bucket/data")
+    assert sorted(one.suffix for one in cache().iterdir()) == [".lock", ".partial"]
+
+
+@pytest.mark.parametrize("name", ["ETag", "Last-Modified", "Content-MD5", "Digest", "LastModified", "md5Hash", "mtime"])
+def test_a_version_is_what_a_driver_tells_of_it(name: str, faulty, monkeypatch):
+    def found(value: str) -> str:
+        monkeypatch.setattr(faulty, "info", lambda *_, **__: {"type": "file", "size": 4, name: value})
+        return Storage("faulty://bucket/data").listing()[""][1]
+
+    assert found("one") == found("one")
+    assert found("one") != found("two")
+
+
 def test_a_file_that_changed_meanwhile_is_refused(tmp_path: Path, monkeypatch):
     (tmp_path / "far").write_text("whole")
     real = Storage.listing

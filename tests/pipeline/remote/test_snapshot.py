@@ -96,6 +96,14 @@ def test_no_snapshot_is_taken_while_an_artifact_moves_to_its_place(tmp_path: Pat
     assert set(scan(folder) or ()) == {".ppo.work/step"}
 
 
+def test_what_a_link_to_a_folder_leads_to_is_copied(tmp_path: Path):
+    folder = folder_with(tmp_path / "run", **{"sft__weights": "1"})
+    elsewhere = folder_with(tmp_path / "large", **{"weights": "2", "adapter__weights": "3"})
+    (folder / "ppo").symlink_to(elsewhere)
+    (elsewhere / "run").symlink_to(folder)  # a circle
+    assert set(scan(folder) or ()) == {"sft/weights", "ppo/weights", "ppo/adapter/weights"}
+
+
 def test_a_large_file_is_taken_as_it_was_when_it_was_listed(tmp_path: Path):
     folder, lines = folder_with(tmp_path), b"0123456789abcdef" * (20 << 16)
     (folder / "metrics.jsonl").write_bytes(lines)
