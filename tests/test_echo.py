@@ -140,7 +140,17 @@ def test_a_command_that_waits_for_a_line_leaves_the_terminal_as_it_was(window: t
     with subprocess.Popen(command, cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
         read_until(master, b"> ")
         assert termios.tcgetattr(slave) != before
+        wait_until_asleep(process.pid)
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert termios.tcgetattr(slave) == before
+
+
+def wait_until_asleep(pid: int) -> None:
+    """Wait until a process waits for a key: Python handles a signal just before that only after the next key."""
+    status = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 60
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline, "the process never waited for a key"
+        time.sleep(0.05)

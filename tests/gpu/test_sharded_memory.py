@@ -5,6 +5,7 @@ Loading, checkpoints, resuming and the artifact are included. gloo carries the m
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,11 +49,19 @@ def folder(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def start(
-    gpus: Host, benchmark: ModuleType, folder: Path, run: str, ranks: int, name: str, **how: object
+    gpus: Host,
+    benchmark: ModuleType,
+    folder: Path,
+    run: str,
+    ranks: int,
+    name: str,
+    settings: dict[str, object] | None = None,
+    **how: object,
 ) -> list[Outcome]:
     """Start a run, or resume it; returns what each rank did."""
     stage = run.rsplit("-", 1)[0]
-    changes = [word for setting, value in SHORT[stage].items() for word in ("--set", f"{setting}={value}")]
+    settings = SHORT[stage] | (settings or {})
+    changes = [word for setting, value in settings.items() for word in ("--set", f"{setting}={value}")]
     recipe = benchmark.recipe(folder, run, ranks, "cuda")
     return gpus.processes(folder, ranks, stage, recipe, *changes, "--run-dir", folder / name, **how)
 
@@ -81,13 +90,17 @@ def test_each_rank_holds_its_part(run: str, ranks: int, gpus: Host, benchmark: M
     assert min(found) > 0.5 * bound, told
 
 
-@pytest.mark.parametrize("run", ["sft-none", "ppo-none"])
+FOUR_STEPS = {"sft-none": {"sft.epochs": 1}, "ppo-none": {"ppo.steps": 4}}
+"""The signal is handled after step 1, 2 or 3, so that a step is left for the resumed run."""
+
+
+@pytest.mark.parametrize("run", FOUR_STEPS)
 def test_a_resumed_rank_holds_its_part(run: str, gpus: Host, benchmark: ModuleType, folder: Path):
-    name = f"resumed-{run}"
+    name, settings = f"resumed-{run}", FOUR_STEPS[run]
     step = folder / name / f".{run.rsplit('-', 1)[0]}.work" / "step-00000001"
-    start(gpus, benchmark, folder, run, RANKS, name, stop_after=step, code=128 + signal.SIGTERM)
-    outcomes = start(gpus, benchmark, folder, run, RANKS, name)
-    assert "resuming from step 1 of 2" in outcomes[0].stderr
+    start(gpus, benchmark, folder, run, RANKS, name, settings, stop_after=step, code=128 + signal.SIGTERM)
+    outcomes = start(gpus, benchmark, folder, run, RANKS, name, settings)
+    assert re.search(r"resuming from step [123] of 4", outcomes[0].stderr), outcomes[0].stderr
     found, bound, told = peaks(benchmark, folder, run, outcomes)
     assert max(found) <= bound, told
     assert min(found) > 0.5 * bound, told
