@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _STATUS = {"done": "ran", "cached": "up to date"}
 
 
-def show_plan(result: RunResult) -> None:
-    """Print what a run would do, one line per stage."""
+def show_plan(result: RunResult, remote: str | None) -> None:
+    """Print what a run would do, one line per stage; `remote` is the URL of its copy."""
     from rlhf_cli.pipeline.disk_space import format_bytes
 
     width = max(len(row.name) for row in result.stages)
@@ -29,6 +29,11 @@ def show_plan(result: RunResult) -> None:
         memory = "" if needs is None else f"; needs up to about {format_bytes(needs)} on a GPU"
         say(f"{row.name:<{width}}  {status}{why}{memory}", always=True)
     say(f"run directory: {result.run_dir}", always=True)
+    if remote is not None:
+        say(
+            f"remote copy: {remote}, which a dry run does not read; a run downloads it if its directory is empty",
+            always=True,
+        )
 
 
 def show_outcome(result: RunResult) -> None:

@@ -108,7 +108,7 @@ def run_stages(
     )
     if given["dry_run"]:
         result = runner.dry_run(loaded, folder, selection)
-        show_plan(result)
+        show_plan(result, loaded.recipe.remote)
     else:
         stay_open()
         result = runner.run(loaded, folder, selection)

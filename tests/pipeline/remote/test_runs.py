@@ -45,6 +45,12 @@ def test_without_remote_the_copy_is_named(toy: Toy):
     assert f"has a copy in {URL}, which is not updated without `--remote {URL}`" in toy.run("--to", "sft").stderr
 
 
+def test_a_dry_run_names_the_copy_that_it_does_not_read(toy: Toy):
+    assert f"remote copy: {URL}, which a dry run does not read" in toy.run("--remote", URL, "--dry-run").stderr
+    assert not keys()
+    assert "remote copy" not in toy.run("--dry-run").stderr
+
+
 @pytest.mark.slow
 def test_kill_9_then_an_empty_machine_resumes_from_the_checkpoint(toy: Toy, tmp_path: Path):
     url = f"file://{tmp_path / 'far'}"
