@@ -12,7 +12,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ _HIDDEN = re.compile(r"\.[a-z-]+\.(work|last|began\.json)")
 """Hidden entries of a run directory that are copied; others are of one process or one machine."""
 _PASSING = re.compile(r".*(\.tmp|\.partial|\.old|\.sqlite-\w+)")
 """Names that are there while something is written."""
+_GROWING = (".jsonl", ".txt", ".sqlite")
+"""Ends of names of files that are extended in place; others are replaced as a whole."""
 _SMALL = 16 << 20
 """Bytes up to which a file is kept in memory."""
 _TRIES, _PAUSE = 20, 0.05
@@ -125,7 +127,7 @@ def take(
             except (FileNotFoundError, _ShorterError, sqlite3.OperationalError):  # removed, replaced or locked
                 taken = None
             again = scan(folder)
-            if taken is not None and again is not None and _inodes(seen) == _inodes(again):
+            if taken is not None and again is not None and not has_changed(seen, again):
                 return seen, taken
         time.sleep(_PAUSE)
     return None
@@ -160,5 +162,10 @@ def _content(path: Path, link: Path, seen: Seen) -> bytes | Path:
     return link
 
 
-def _inodes(found: dict[str, Seen]) -> dict[str, int]:
-    return {path: seen.inode for path, seen in found.items()}
+def has_changed(before: Mapping[str, Seen], after: Mapping[str, Seen]) -> bool:
+    """Whether files came, went or were replaced between two listings; a new file can get the inode of a deleted one."""
+
+    def identities(found: Mapping[str, Seen]) -> dict[str, object]:
+        return {path: seen.inode if path.endswith(_GROWING) else seen.state for path, seen in found.items()}
+
+    return identities(before) != identities(after)

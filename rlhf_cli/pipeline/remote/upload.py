@@ -14,7 +14,7 @@ from rlhf_cli.errors import RunInUseError, StorageError
 from rlhf_cli.files import waiting_lock
 from rlhf_cli.pipeline.manifest import now
 from rlhf_cli.pipeline.remote.index import Index, RemoteFile, read_index, read_record
-from rlhf_cli.pipeline.remote.snapshot import Seen, Taken, scan, take
+from rlhf_cli.pipeline.remote.snapshot import Seen, Taken, has_changed, scan, take
 from rlhf_cli.run_log import LOG
 from rlhf_cli.storage import Moved, Storage
 
@@ -53,7 +53,7 @@ class Uploader:
         found = scan(self._folder)
         if found is None:
             return False
-        if {path: one.inode for path, one in found.items()} != {path: one.inode for path, one in self._synced.items()}:
+        if has_changed(self._synced, found):
             return True
         has_grown = any(one != self._synced[path] for path, one in found.items() if path != LOG)
         return has_grown and time.monotonic() - self._synced_at > GROWTH

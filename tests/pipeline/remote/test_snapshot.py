@@ -39,16 +39,16 @@ def test_labels_in_a_log_of_sqlite_are_copied(tmp_path: Path):
 
 
 def test_a_snapshot_has_what_a_growing_file_had(tmp_path: Path, monkeypatch):
-    folder = folder_with(tmp_path, a="one\n", b="two\n")
+    folder = folder_with(tmp_path, **{"a.jsonl": "one\n", "b.jsonl": "two\n"})
     seen = scan(folder)
 
     def grows(path, one):
-        append(folder / "b", b"more\n")
+        append(folder / "b.jsonl", b"more\n")
         return False
 
     found = take(folder, folder / ".remote.links", grows)
     assert found is not None
-    assert {path: one.content for path, one in found[1].items()} == {"a": b"one\n", "b": b"two\n"}
+    assert {path: one.content for path, one in found[1].items()} == {"a.jsonl": b"one\n", "b.jsonl": b"two\n"}
     assert found[0] == seen
 
 
@@ -66,6 +66,23 @@ def test_a_snapshot_in_which_a_file_was_removed_is_taken_again(tmp_path: Path):
     found = take(folder, folder / ".remote.links", removes)
     assert found is not None
     assert set(found[0]) == set(found[1]) == {"new", asked[1]}, "never the file of before and that of after"
+
+
+def test_a_snapshot_in_which_a_file_was_replaced_under_the_same_inode_is_taken_again(tmp_path: Path):
+    folder = folder_with(tmp_path, **{"a.json": "1", "b.json": "1"})
+    asked: list[str] = []
+
+    def replaces(path, one):
+        asked.append(path)
+        if len(asked) == 1:  # two replacements of a file that is renamed to its place can end with its first inode
+            (folder / "a.json").write_text("22")
+            (folder / "b.json").write_text("22")
+        return False
+
+    found = take(folder, folder / ".remote.links", replaces)
+    assert found is not None
+    assert {path: one.content for path, one in found[1].items()} == {"a.json": b"22", "b.json": b"22"}
+    assert len(asked) == 4
 
 
 def test_a_large_file_is_copied_though_it_is_removed_meanwhile(tmp_path: Path, monkeypatch):
