@@ -54,6 +54,14 @@ def test_a_run_reads_data_and_models_behind_urls_and_notices_a_new_version(toy: 
     assert toy.ran()[0] == "sft nothing"
 
 
+def test_a_recipe_is_shown_without_downloads(toy: Toy, downloads):
+    url = f"file://{toy.folder}"
+    shown = toy.rlhf("recipe", "show", "recipe.yaml", "--set", f"model.path={url}/base")
+    assert shown.code == 0, shown.stderr
+    assert f"path: {url}/base" in shown.stdout
+    assert downloads == []
+
+
 def test_a_split_of_a_folder(tmp_path: Path):
     (tmp_path / "far/data/inner").mkdir(parents=True)
     (tmp_path / "far/data/train.jsonl").write_text("{}")
