@@ -54,6 +54,11 @@ def has_password(url: str) -> bool:
     return re.match("[^/]*://[^/@]*:[^/@]*@", url) is not None
 
 
+def without_secrets(text: str) -> str:
+    """Return a text in which URLs have neither a password nor a query."""
+    return re.sub(r"(://[^\s?]*\?)\S*", r"\1...", re.sub("://[^/@\\s]*:[^/@\\s]*@", "://...@", text))
+
+
 class Storage:
     """A folder behind a URL.
 
