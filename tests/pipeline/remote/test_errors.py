@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli import storage
+from rlhf_cli import files, storage
 from rlhf_cli.errors import DiskError, StorageError, UsageError
+from rlhf_cli.pipeline.remote import copy as remote_module
 from rlhf_cli.pipeline.remote.fetch import fetch
 from rlhf_cli.storage import Storage
 from tests.pipeline.remote.faulty_storage import URL, copied, folder_with
@@ -86,6 +87,25 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch):
     with pytest.raises(DiskError, match=f"cannot write in {tmp_path}/data/rlhf/data: ") as raised:
         fetch(f"file://{tmp_path}/data")
     assert "XDG_CACHE_HOME" in (raised.value.hint or "")
+
+
+def test_a_full_disk_before_the_first_stage_is_named(tmp_path: Path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote_module, "replace", full)
+    with pytest.raises(DiskError, match=f"no space left on device while writing under {tmp_path}"):
+        copied(tmp_path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch):
+    def without(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "lock", without)
+    with pytest.raises(DiskError, match=rf"cannot lock {tmp_path}/\.remote\.lock: no locks available") as raised:
+        copied(tmp_path)
+    assert "supports file locks" in (raised.value.hint or "")
 
 
 def test_a_missing_driver_is_named(monkeypatch):
