@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, DiskError
 
 if sys.platform == "win32":
     import msvcrt
@@ -86,15 +86,30 @@ def lock(file: IO[Any], *, shared: bool = False) -> None:
 
 @contextlib.contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Lock a file, created if needed, once no other process has locked it."""
-    with path.open("a") as file:
-        while True:
-            try:
-                lock(file)
-                break
-            except BlockingIOError:
+    """Lock a file, created if needed, once no other process has locked it.
+
+    Raises:
+        DiskError: it cannot be written, or the file system has no locks.
+    """
+    with contextlib.ExitStack() as closing:
+        try:
+            file = closing.enter_context(path.open("a"))
+            while not _is_locked(file):
                 time.sleep(_LOCK_PAUSE)
+        except OSError as error:
+            raise DiskError(
+                f"cannot lock {path}: {(error.strerror or str(error)).lower()}",
+                hint="use a folder that you can write to, on a file system that supports file locks",
+            ) from error
         yield
+
+
+def _is_locked(file: IO[Any]) -> bool:
+    try:
+        lock(file)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def fsync(target: IO[Any] | Path) -> None:

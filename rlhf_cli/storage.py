@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from rlhf_cli.errors import RLHFError, StorageError, UsageError
+from rlhf_cli.errors import DiskError, RLHFError, StorageError, UsageError
 from rlhf_cli.progress import task
 
 PAUSE = 1.0
@@ -34,6 +34,8 @@ _CREDENTIALS = {
     "adlfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 T = TypeVar("T")
 Moved = Callable[[int], object]
 """Called with the number of bytes that were transferred since the last call."""
@@ -52,6 +54,11 @@ def is_inside(name: str) -> bool:
 def has_password(url: str) -> bool:
     """Whether a URL has a password, as in `sftp://name:password@host/folder`."""
     return re.match("[^/]*://[^/@]*:[^/@]*@", url) is not None
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which URLs have neither a password nor a query."""
+    return re.sub(r"(://[^\s?]*\?)\S*", r"\1...", re.sub("://[^/@\\s]*:[^/@\\s]*@", "://...@", text))
 
 
 class Storage:
@@ -107,8 +114,8 @@ class Storage:
                     if found["type"] == "file":
                         return {"": (found.get("size"), _version(found))}
                     inside = self._files.find(self._root, detail=True)
-                except FileNotFoundError:
-                    raise _Missing from None
+                except FileNotFoundError as error:
+                    raise _cause(error) from None
             start = len(self._root.rstrip("/")) + 1
             return {path[start:]: (one.get("size"), _version(one)) for path, one in sorted(inside.items())}
 
@@ -138,7 +145,12 @@ class Storage:
                 if isinstance(content, bytes):
                     self._files.pipe_file(self._path(name), content)
                 else:
-                    self._files.put_file(str(content), self._path(name), callback=callback)
+                    try:
+                        self._files.put_file(str(content), self._path(name), callback=callback)
+                    except OSError as error:
+                        if error.filename != str(content):
+                            raise
+                        raise StorageError(f"cannot read {content}: {_reason(error)}") from error
 
         retried(upload)
 
@@ -147,8 +159,12 @@ class Storage:
 
         Raises:
             FileNotFoundError: there is no such file.
+            DiskError: the disk of this machine is full or cannot be written.
         """
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(target, error) from error
 
         def download() -> None:
             with self._explained(), _counted(size or 0, moved) as callback:
@@ -156,6 +172,10 @@ class Storage:
                     self._files.get_file(self._path(name), str(target), callback=callback)
                 except FileNotFoundError:
                     raise _Missing from None
+                except OSError as error:
+                    if error.errno in (*_FULL, errno.EROFS) or error.filename == str(target):
+                        raise _unwritable(target, error) from error
+                    raise
 
         try:
             retried(download)
@@ -182,7 +202,7 @@ class Storage:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> RLHFError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = _reason(error)
         driver = _DRIVERS.get(self._protocol, "")
         kind = type(error).__name__.lower()
         if isinstance(error, ImportError):
@@ -194,10 +214,13 @@ class Storage:
         if "credential" in kind or "credential" in reason.lower():
             hint = _CREDENTIALS.get(driver, "see the documentation of its fsspec driver")
             return StorageError(f"{self.url}: no usable credentials: {reason}", hint=hint)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _FULL:
             return StorageError(f"{self.url}: {reason}", hint="free disk space, or raise the quota", is_temporary=True)
-        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        is_refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+        if is_refused or (isinstance(error, OSError) and error.errno == errno.EROFS):
             hint = "allow this machine to read, write, list and delete there, or use other credentials"
+            if driver == "aiohttp":
+                hint = "download what is there, for example with curl, and give its path"
             return StorageError(f"{self.url}: access denied: {reason}", hint=hint)
         if isinstance(error, FileNotFoundError):
             hint = "check the name of the bucket, and create it"
@@ -225,6 +248,22 @@ def transfer_bar(label: str, total: int) -> Iterator[Moved]:
 
 class _Missing(Exception):  # noqa: N818  (never leaves this module)
     """There is no such file."""
+
+
+def _cause(error: FileNotFoundError) -> Exception:
+    """Return what made a driver say that there is no such file: fsspec's HTTP says so of any error."""
+    cause = error.__cause__
+    is_other = isinstance(cause, OSError) or getattr(cause, "status", 404) not in (404, 410)
+    return cause if isinstance(cause, Exception) and is_other else _Missing()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _unwritable(target: Path, error: OSError) -> DiskError:
+    hint = "free disk space there, or make the folder writable"
+    return DiskError(f"cannot write {target}: {(error.strerror or str(error)).lower()}", hint=hint)
 
 
 def _version(found: dict[str, Any]) -> str:

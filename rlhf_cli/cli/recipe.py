@@ -31,7 +31,7 @@ def show(
     from rlhf_cli.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, settings or [])
-    folder, resolved = run_dir or loaded.recipe.default_run_dir, resolve_paths(loaded)
+    folder, resolved = run_dir or loaded.recipe.default_run_dir, resolve_paths(loaded, downloads=False)
     if as_json:
         typer.echo(json.dumps(view.as_json(loaded, folder, resolved), indent=2, ensure_ascii=False))
     else:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_cli.errors import DiskError
+from rlhf_cli.errors import DiskError, StorageError
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import Stage
 
@@ -56,7 +56,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Raise `DiskError` in place of any library error that a full or failing disk causes."""
     try:
         yield
-    except DiskError:  # has a better message already
+    except (DiskError, StorageError):  # have a better message already
         raise
     except Exception as error:
         reason = _reason(error)

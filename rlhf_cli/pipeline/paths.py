@@ -24,9 +24,9 @@ from rlhf_cli.stages.inputs import Input
 from rlhf_cli.storage import is_url
 
 
-def resolve_paths(loaded: LoadedRecipe) -> Recipe:
+def resolve_paths(loaded: LoadedRecipe, *, downloads: bool = True) -> Recipe:
     """Return the recipe with all local paths valid from the current directory, and the base model's revision in its
-    hub id. What is behind URLs is downloaded.
+    hub id. What is behind URLs is downloaded, or else the URLs remain.
 
     Raises:
         RLHFError: a URL cannot be read.
@@ -37,7 +37,9 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     for key_path, setting, value in values(loaded.recipe):
         if setting.external is None or value is None or not setting.external.applies_to(value):
             continue
-        find = _function if setting.external.what == "function" else _path_or_url
+        find = _path_or_url if downloads else _path
+        if setting.external.what == "function":
+            find = _function
         try:
             found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
         except RLHFError as error:  # of a download

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_cli.recipe.document import Document, InvalidYAML, Key, KeyPath, parse
 from rlhf_cli.recipe.fields import dotted, is_section
+from rlhf_cli.storage import without_secrets
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Override:
 
 def override(setting: str, value: Any, origin: str) -> Override:
     """Return an override with a value that is not parsed: a path may look like a number."""
-    return Override(key_path_of(setting), Document(value), origin)
+    return Override(key_path_of(setting), Document(value), without_secrets(origin))
 
 
 def parse_set(text: str) -> Override:
     """Parse `a.b=c`; raises `BadSetting`."""
-    origin = f"--set {text}"
+    origin = without_secrets(f"--set {text}")
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name or any(not part for part in name.split(".")):

@@ -6,9 +6,18 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import core_schema
 
-from rlhf_cli.storage import has_password
+from rlhf_cli.storage import has_password, is_url
 
 
 class Section(BaseModel):
@@ -67,6 +76,10 @@ class External:
         """Whether a value names something outside the recipe rather than being a keyword."""
         return not (self.what == "critic" and value in self.CRITIC_WORDS)
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Validate as without this mark, and refuse URLs that contain a secret."""
+        return core_schema.no_info_after_validator_function(_check_source, handler(source))
+
 
 @dataclass(frozen=True)
 class EffortOnly:
@@ -94,6 +107,17 @@ def _check_folder_url(url: str | None) -> str | None:
             "gs://... or file:///mnt/runs/mine"
         )
     return url
+
+
+def _check_source(value: Any) -> Any:
+    for name in value if isinstance(value, list) else [value]:
+        if name is not None and is_url(name) and ("?" in name or has_password(name)):
+            # The value is not repeated in the message: it may be signed.
+            raise ValueError(
+                "expected a URL without a password or a query (`?...`), which signed URLs have and which would be "
+                "written to files; download what is there, for example with curl, and give its path"
+            )
+    return value
 
 
 def _check_variable(name: str | None) -> str | None:

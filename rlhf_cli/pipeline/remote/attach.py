@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_cli.errors import RLHFError, RunInUseError, StorageError
+from rlhf_cli.pipeline.disk_space import disk_errors
 from rlhf_cli.pipeline.remote.copy import RemoteCopy
 from rlhf_cli.pipeline.remote.index import read_record
 from rlhf_cli.progress import warn
@@ -25,6 +26,7 @@ def remote_copy(url: str | None, folder: Path, name: str) -> Iterator[RemoteCopy
         StorageError: the storage cannot be used, or at the end, the copy is behind.
         UsageError: the copy is of another run, or another machine has continued it.
         RunInUseError: another machine has taken over.
+        DiskError: the disk of this machine is full or cannot be written.
     """
     if url is None:
         if (known := read_record(folder)) is not None:
@@ -32,7 +34,8 @@ def remote_copy(url: str | None, folder: Path, name: str) -> Iterator[RemoteCopy
         yield None
         return
     copy = RemoteCopy(url, folder, name)
-    copy.begin()
+    with disk_errors(folder):
+        copy.begin()
     with _ending(copy):
         yield copy
 

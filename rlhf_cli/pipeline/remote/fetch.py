@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, DiskError
 from rlhf_cli.files import fsync_tree, rename, waiting_lock
 from rlhf_cli.pipeline.disk_space import check_free_space
 from rlhf_cli.storage import Storage, is_inside, transfer_bar
@@ -25,7 +26,7 @@ def fetch(url: str) -> str:
     Raises:
         DataError: there is nothing behind it.
         StorageError: the storage cannot be used.
-        DiskError: there is not enough space.
+        DiskError: there is not enough space, or the cache cannot be written.
     """
     whole, mark, split = url.partition("#")
     storage = Storage(whole)
@@ -36,10 +37,16 @@ def fetch(url: str) -> str:
     version = hashlib.sha256(repr((whole, files)).encode()).hexdigest()[:16]
     folder = cache() / version
     target = folder / (PurePosixPath(urlsplit(whole).path).name or "data")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.exists():
-            _download(storage, files, folder, target.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.exists():
+                _download(storage, files, folder, target.name)
+    except OSError as error:
+        raise DiskError(
+            f"cannot write in {cache()}: {(error.strerror or str(error)).lower()}",
+            hint="free disk space there, or set XDG_CACHE_HOME to a folder on another disk",
+        ) from error
     _fetched[f"{target}{mark}{split}"] = url
     return f"{target}{mark}{split}"
 
@@ -64,8 +71,10 @@ def _download(storage: Storage, files: dict[str, tuple[int | None, str]], folder
         for path, (size, _) in files.items():
             if not is_inside(path):
                 raise DataError(f"{storage.url}: has a file named `{path}`", hint="rename it")
-            storage.download(path, partial / name / path, size, moved)
-            if size not in (None, (partial / name / path).stat().st_size):
-                raise DataError(f"{storage.url}/{path}: changed during the download", hint="run the command again")
+            with contextlib.suppress(FileNotFoundError):
+                storage.download(path, partial / name / path, size, moved)
+                if size in (None, (partial / name / path).stat().st_size):
+                    continue
+            raise DataError(f"{storage.url}/{path}: changed during the download", hint="run the command again")
     fsync_tree(partial)
     rename(partial, folder)

@@ -12,7 +12,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,12 @@ _HIDDEN = re.compile(r"\.[a-z-]+\.(work|last|began\.json)")
 """Hidden entries of a run directory that are copied; others are of one process or one machine."""
 _PASSING = re.compile(r".*(\.tmp|\.partial|\.old|\.sqlite-\w+)")
 """Names that are there while something is written."""
+_GROWING = (".jsonl", ".txt", ".sqlite")
+"""Ends of names of files that are extended in place; others are replaced as a whole."""
 _SMALL = 16 << 20
 """Bytes up to which a file is kept in memory."""
+IN_MEMORY = 256 << 20
+"""Bytes of all these files together."""
 _TRIES, _PAUSE = 20, 0.05
 
 
@@ -117,15 +121,11 @@ def take(
         seen = scan(folder)
         if seen is not None:
             try:
-                taken = {
-                    path: Taken(_content(folder / path, links / str(number), one))
-                    for number, (path, one) in enumerate(seen.items())
-                    if not is_known(path, one)
-                }
+                taken = _taken(folder, links, {path: one for path, one in seen.items() if not is_known(path, one)})
             except (FileNotFoundError, _ShorterError, sqlite3.OperationalError):  # removed, replaced or locked
                 taken = None
             again = scan(folder)
-            if taken is not None and again is not None and _inodes(seen) == _inodes(again):
+            if taken is not None and again is not None and not has_changed(seen, again):
                 return seen, taken
         time.sleep(_PAUSE)
     return None
@@ -135,14 +135,24 @@ class _ShorterError(Exception):
     """A file has become shorter since it was listed."""
 
 
-def _content(path: Path, link: Path, seen: Seen) -> bytes | Path:
+def _taken(folder: Path, links: Path, files: Mapping[str, Seen]) -> dict[str, Taken]:
+    taken, in_memory = {}, 0
+    for number, (path, one) in enumerate(files.items()):
+        content = _content(folder / path, links / str(number), one, most=min(_SMALL, IN_MEMORY - in_memory))
+        in_memory += len(content) if isinstance(content, bytes) else 0
+        taken[path] = Taken(content)
+    return taken
+
+
+def _content(path: Path, link: Path, seen: Seen, *, most: int) -> bytes | Path:
+    """Return the content of a file: bytes if there are at most `most`, or a file that keeps them."""
     if path.suffix == ".sqlite":  # closing such a file would release the locks that SQLite holds in this process
         uri = f"file:{quote(str(path.absolute()))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True)) as store, closing(sqlite3.connect(":memory:")) as copy:
             store.backup(copy)
             return copy.serialize()
     # Files that grow, such as metrics, had their first `seen.size` bytes at the moment of the listing.
-    if seen.size <= _SMALL:
+    if seen.size <= most:
         with path.open("rb") as file:
             content = file.read(seen.size)
         if len(content) < seen.size:
@@ -160,5 +170,10 @@ def _content(path: Path, link: Path, seen: Seen) -> bytes | Path:
     return link
 
 
-def _inodes(found: dict[str, Seen]) -> dict[str, int]:
-    return {path: seen.inode for path, seen in found.items()}
+def has_changed(before: Mapping[str, Seen], after: Mapping[str, Seen]) -> bool:
+    """Whether files came, went or were replaced between two listings; a new file can get the inode of a deleted one."""
+
+    def identities(found: Mapping[str, Seen]) -> dict[str, object]:
+        return {path: seen.inode if path.endswith(_GROWING) else seen.state for path, seen in found.items()}
+
+    return identities(before) != identities(after)

@@ -14,12 +14,14 @@ from rlhf_cli.errors import RunInUseError, StorageError
 from rlhf_cli.files import waiting_lock
 from rlhf_cli.pipeline.manifest import now
 from rlhf_cli.pipeline.remote.index import Index, RemoteFile, read_index, read_record
-from rlhf_cli.pipeline.remote.snapshot import Seen, Taken, scan, take
+from rlhf_cli.pipeline.remote.snapshot import Seen, Taken, has_changed, scan, take
 from rlhf_cli.run_log import LOG
 from rlhf_cli.storage import Moved, Storage
 
 GROWTH = 15.0
 """Seconds after which files that only grow are uploaded again."""
+_SHARE = 10
+"""They wait at least so many times as long as the last upload took: all of a file that grew is uploaded again."""
 FAILURES = (StorageError, OSError, sqlite3.Error)
 """What an upload may raise because of the storage or the disk; another attempt may succeed."""
 
@@ -46,17 +48,17 @@ class Uploader:
         self._hashed: dict[str, tuple[tuple[int, ...], str]] = {}
         self._uploaded: dict[str, str] = {}
         self._synced: Mapping[str, Seen] = {}
-        self._synced_at = 0.0
+        self._synced_at = self._took = 0.0
 
     def is_due(self) -> bool:
         """Whether files came, went or were replaced; or, after some time, grew."""
         found = scan(self._folder)
         if found is None:
             return False
-        if {path: one.inode for path, one in found.items()} != {path: one.inode for path, one in self._synced.items()}:
+        if has_changed(self._synced, found):
             return True
         has_grown = any(one != self._synced[path] for path, one in found.items() if path != LOG)
-        return has_grown and time.monotonic() - self._synced_at > GROWTH
+        return has_grown and time.monotonic() - self._synced_at > max(GROWTH, _SHARE * self._took)
 
     def upload(self, bar: Bar) -> bool:
         """Upload what is new; False if the files kept changing.
@@ -65,7 +67,7 @@ class Uploader:
             StorageError: the storage cannot be used; the copy stays what it was.
             RunInUseError: another machine writes to the copy.
         """
-        links = self._folder / ".remote.links"
+        links, began = self._folder / ".remote.links", time.monotonic()
         with locked(self._folder):
             index = self._own_index()
             try:
@@ -79,6 +81,7 @@ class Uploader:
             finally:
                 shutil.rmtree(links, ignore_errors=True)
             self._synced, self._synced_at = seen, time.monotonic()
+            self._took = self._synced_at - began
             self._uploaded.clear()
             return True
 

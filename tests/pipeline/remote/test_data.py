@@ -54,6 +54,14 @@ def test_a_run_reads_data_and_models_behind_urls_and_notices_a_new_version(toy: 
     assert toy.ran()[0] == "sft nothing"
 
 
+def test_a_recipe_is_shown_without_downloads(toy: Toy, downloads):
+    url = f"file://{toy.folder}"
+    shown = toy.rlhf("recipe", "show", "recipe.yaml", "--set", f"model.path={url}/base")
+    assert shown.code == 0, shown.stderr
+    assert f"path: {url}/base" in shown.stdout
+    assert downloads == []
+
+
 def test_a_split_of_a_folder(tmp_path: Path):
     (tmp_path / "far/data/inner").mkdir(parents=True)
     (tmp_path / "far/data/train.jsonl").write_text("{}")
@@ -117,6 +125,17 @@ def test_a_file_that_changed_meanwhile_is_refused(tmp_path: Path, monkeypatch):
         fetch(f"file://{tmp_path}/far")
     monkeypatch.setattr(Storage, "listing", real)
     assert Path(fetch(f"file://{tmp_path}/far")).read_text() == "another"
+
+
+@pytest.mark.parametrize("url", ["https://host/data.jsonl?X-Amz-Signature=secret", "sftp://me:secret@host/data.jsonl"])
+@pytest.mark.parametrize("setting", ["data.prompts", "model.path", "label.active_learning.reward_models"])
+def test_a_signed_url_is_refused_without_repeating_it(toy: Toy, url: str, setting: str):
+    value = f"[{url}]" if setting.endswith("models") else url
+    refused = toy.run("--set", f"{setting}={value}")
+    assert refused.code == 2
+    assert f"`{setting}`: expected a URL without a password or a query" in refused.stderr
+    assert "secret" not in refused.stderr + refused.stdout
+    assert not toy.run_dir.exists()
 
 
 def test_errors_name_url_and_setting(toy: Toy, monkeypatch):

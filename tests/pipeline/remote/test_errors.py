@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli import storage
-from rlhf_cli.errors import StorageError, UsageError
+from rlhf_cli import files, storage
+from rlhf_cli.errors import DiskError, StorageError, UsageError
+from rlhf_cli.pipeline.remote import copy as remote_module
+from rlhf_cli.pipeline.remote.fetch import fetch
 from rlhf_cli.storage import Storage
-from tests.pipeline.remote.faulty_storage import URL, copied
+from tests.pipeline.remote.faulty_storage import URL, copied, folder_with
+
+
+class Refused(Exception):  # noqa: N818  (as aiohttp's)
+    status = 403
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,7 @@ from tests.pipeline.remote.faulty_storage import URL, copied
         (PermissionError("Forbidden"), "access denied: Forbidden", "read, write, list and delete"),
         (OSError(errno.EROFS, "Read-only file system"), "access denied: .*Read-only", "read, write, list and delete"),
         (OSError(errno.ENOSPC, "No space left on device"), ".*No space left", "free disk space"),
+        (Refused("403, message='Forbidden'"), "access denied: 403", "read, write, list and delete"),
         (FileNotFoundError("NoSuchBucket"), "no such bucket: NoSuchBucket", "create it"),
         (ValueError("Unable to locate credentials"), "no usable credentials", "see the documentation"),
         (TimeoutError("timed out"), "timed out", "check the network and the address"),
@@ -30,6 +37,75 @@ def test_errors_say_where_what_and_how_to_fix_it(tmp_path: Path, faulty, error, 
         copied(tmp_path)
     assert hint in (raised.value.hint or "")
     assert len(faulty.written) == (storage.TRIES if raised.value.is_temporary else 1)
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (Refused("403, message='Forbidden'"), "faulty://bucket/data: access denied: 403"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "faulty://bucket/data: .*refused"),
+    ],
+)
+def test_a_driver_that_calls_every_error_a_missing_file(faulty, monkeypatch, cause: Exception, message: str):
+    def info(*_: object, **__: object) -> None:
+        raise FileNotFoundError("faulty://bucket/data") from cause
+
+    monkeypatch.setattr(faulty, "info", info)
+    with pytest.raises(StorageError, match=message):
+        Storage("faulty://bucket/data").listing()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError])
+def test_a_disk_that_cannot_be_written_is_not_blamed_on_the_storage(tmp_path: Path, faulty, monkeypatch, error):
+    copied(folder_with(tmp_path / "one", sft__weights="w"))
+    tries: list[str] = []
+
+    def fails(self, path: str, target: str, **_: object) -> None:
+        tries.append(path)
+        raise error(errno.EACCES, "Permission denied", target) if isinstance(error, type) else error
+
+    monkeypatch.setattr(faulty, "get_file", fails)
+    with pytest.raises(DiskError, match=f"cannot write {tmp_path}/two/.*/sft/weights: (no space|permission)"):
+        copied(tmp_path / "two")
+    assert len(tries) == 1
+
+
+def test_a_file_that_vanished_is_not_blamed_on_the_storage(tmp_path: Path, faulty, monkeypatch):
+    (tmp_path / "link").write_text("w")
+
+    def removed(self, local: str, *_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", local)
+
+    monkeypatch.setattr(faulty, "put_file", removed)
+    with pytest.raises(StorageError, match=f"^cannot read {tmp_path}/link: .*No such file"):
+        Storage(URL).upload(tmp_path / "link", "weights", lambda count: None)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch):
+    (tmp_path / "data").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data"))  # a file
+    with pytest.raises(DiskError, match=f"cannot write in {tmp_path}/data/rlhf/data: ") as raised:
+        fetch(f"file://{tmp_path}/data")
+    assert "XDG_CACHE_HOME" in (raised.value.hint or "")
+
+
+def test_a_full_disk_before_the_first_stage_is_named(tmp_path: Path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote_module, "replace", full)
+    with pytest.raises(DiskError, match=f"no space left on device while writing under {tmp_path}"):
+        copied(tmp_path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch):
+    def without(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "lock", without)
+    with pytest.raises(DiskError, match=rf"cannot lock {tmp_path}/\.remote\.lock: no locks available") as raised:
+        copied(tmp_path)
+    assert "supports file locks" in (raised.value.hint or "")
 
 
 def test_a_missing_driver_is_named(monkeypatch):

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import RLHFError, StorageError
+from rlhf_cli.pipeline.remote import restore
 from rlhf_cli.pipeline.remote.index import INDEX, RECORD
 from rlhf_cli.storage import Storage
-from tests.pipeline.remote.faulty_storage import URL, content, copied, folder_with
+from tests.pipeline.remote.faulty_storage import URL, content, copied, folder_with, stored
 
 
 def test_a_killed_download_is_continued(tmp_path: Path, monkeypatch):
@@ -35,6 +36,19 @@ def test_a_killed_download_is_continued(tmp_path: Path, monkeypatch):
     assert fetched == ["sft/weights"], "what was whole is not downloaded again"
     assert content(two) == content(one)
     assert not (two / ".remote.partial").exists()
+
+
+def test_the_log_of_the_copy_is_continued(tmp_path: Path, monkeypatch):
+    log = {"log.txt": "first\n", "sft/weights": "w"}
+    copied(folder_with(tmp_path / "one", **log))
+    two = folder_with(tmp_path / "two", **{"log.txt": "second\n"})
+    with monkeypatch.context() as patched:
+        patched.setattr(restore.shutil, "rmtree", lambda *_, **__: 1 / 0)  # killed after all is in place
+        with pytest.raises(ZeroDivisionError):
+            copied(two)
+    copied(two)
+    assert (two / "log.txt").read_text() == "first\nsecond\n"
+    assert stored() == {"log.txt": b"first\nsecond\n", "sft/weights": b"w"}
 
 
 def test_a_damaged_file_is_left_out_unless_it_cannot_be_made_again(tmp_path: Path, faulty, capsys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 from rlhf_cli.files import append
+from rlhf_cli.pipeline.remote import snapshot, upload
 from rlhf_cli.pipeline.remote.attach import known_remote_copy, remote_copy
 from rlhf_cli.pipeline.remote.index import INDEX
 from rlhf_cli.pipeline.remote.snapshot import scan, take
@@ -38,17 +40,52 @@ def test_labels_in_a_log_of_sqlite_are_copied(tmp_path: Path):
     assert set(index().files) == {"kept/label/verdicts", "kept/label/labels.sqlite"}
 
 
+def test_small_files_beyond_a_sum_are_kept_on_the_disk(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(snapshot, "IN_MEMORY", 7)
+    folder = folder_with(tmp_path, **{"a.json": "first", "b.json": "second", "c.json": "3"})
+    found = take(folder, folder / ".remote.links", lambda *_: False)
+    assert found is not None
+    contents = [one.content for one in found[1].values()]
+    assert sum(len(one) for one in contents if isinstance(one, bytes)) in (6, 7)
+    assert sorted(one if isinstance(one, bytes) else one.read_bytes() for one in contents) == [
+        b"3",
+        b"first",
+        b"second",
+    ]
+
+
+def test_what_takes_long_to_upload_is_uploaded_less_often(tmp_path: Path, monkeypatch):
+    folder, now = folder_with(tmp_path, **{"metrics.jsonl": "1\n"}), [1000.0]
+    monkeypatch.setattr(upload.time, "monotonic", lambda: now[0])
+    real = Storage.upload
+
+    def slow(self, *arguments):
+        now[0] += 60
+        real(self, *arguments)
+
+    monkeypatch.setattr(Storage, "upload", slow)
+    copied(folder)
+    uploader = upload.Uploader(Storage(URL), folder, "toy")
+    append(folder / "metrics.jsonl", b"2\n")
+    assert uploader.upload(lambda total: contextlib.nullcontext(lambda count: None))
+    append(folder / "metrics.jsonl", b"3\n")
+    now[0] += 599
+    assert not uploader.is_due()
+    now[0] += 2
+    assert uploader.is_due()
+
+
 def test_a_snapshot_has_what_a_growing_file_had(tmp_path: Path, monkeypatch):
-    folder = folder_with(tmp_path, a="one\n", b="two\n")
+    folder = folder_with(tmp_path, **{"a.jsonl": "one\n", "b.jsonl": "two\n"})
     seen = scan(folder)
 
     def grows(path, one):
-        append(folder / "b", b"more\n")
+        append(folder / "b.jsonl", b"more\n")
         return False
 
     found = take(folder, folder / ".remote.links", grows)
     assert found is not None
-    assert {path: one.content for path, one in found[1].items()} == {"a": b"one\n", "b": b"two\n"}
+    assert {path: one.content for path, one in found[1].items()} == {"a.jsonl": b"one\n", "b.jsonl": b"two\n"}
     assert found[0] == seen
 
 
@@ -66,6 +103,23 @@ def test_a_snapshot_in_which_a_file_was_removed_is_taken_again(tmp_path: Path):
     found = take(folder, folder / ".remote.links", removes)
     assert found is not None
     assert set(found[0]) == set(found[1]) == {"new", asked[1]}, "never the file of before and that of after"
+
+
+def test_a_snapshot_in_which_a_file_was_replaced_under_the_same_inode_is_taken_again(tmp_path: Path):
+    folder = folder_with(tmp_path, **{"a.json": "1", "b.json": "1"})
+    asked: list[str] = []
+
+    def replaces(path, one):
+        asked.append(path)
+        if len(asked) == 1:  # two replacements of a file that is renamed to its place can end with its first inode
+            (folder / "a.json").write_text("22")
+            (folder / "b.json").write_text("22")
+        return False
+
+    found = take(folder, folder / ".remote.links", replaces)
+    assert found is not None
+    assert {path: one.content for path, one in found[1].items()} == {"a.json": b"22", "b.json": b"22"}
+    assert len(asked) == 4
 
 
 def test_a_large_file_is_copied_though_it_is_removed_meanwhile(tmp_path: Path, monkeypatch):
