@@ -28,6 +28,7 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "disk_free_bytes": plan.disk_free,
         "machines": None if plan.target is None else str(plan.target.cluster),
         "seconds": plan.seconds,
+        "trial_warning": plan.others,
         "stages": [_stage_json(stage) for stage in plan.stages],
     }
 
@@ -240,8 +241,8 @@ def _time(plan: RunPlan) -> Iterator[str]:
         yield f"time: predicted {_about(plan.seconds)}{without}"
     elif plan.seconds:
         yield f"time: {_about(plan.seconds)}, from a trial on this machine{without}"
-        if plan.others is not None:
-            yield f"warning: {plan.others}"
+    if plan.others is not None:
+        yield f"warning: {plan.others}"
 
 
 def _too_large(stage: StagePlan, limit: int) -> str:

@@ -45,7 +45,7 @@ class ProcessGroup:
     """Collectives over the processes of a run. Every process must call the same collectives in the same order.
 
     Args:
-        device: where tensors are summed; messages travel there too if the backend does not serve the CPU.
+        device: where tensors are summed; messages are exchanged on the CPU.
         size: processes of a group; the run is divided into groups of consecutive processes, and the collectives are
             those of this process's group. Every process of the run makes one at the same time. None is all processes.
     """

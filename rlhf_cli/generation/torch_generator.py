@@ -49,6 +49,8 @@ class TorchGenerator:
             ModelError: a prompt is empty.
             DivergedError: the model's logits are not finite.
         """
+        if not requests and not policy.is_sharded:
+            return []  # a process that is idle while others draw needs no weights
         _check_prompts(requests)
         order = _order(requests)
         with policy.model() as model, policy.autocast(), merged_adapters(model), evaluating(model):

@@ -21,12 +21,14 @@ def read_sizes(config: Mapping[str, Any]) -> dict[str, int] | None:
     layers = first("num_hidden_layers", "num_layers", "n_layer")
     if not (hidden and heads and layers):
         return None
-    head = first("head_dim", "d_kv", default=hidden // heads)
+    head, key_heads = first("head_dim", "d_kv", default=hidden // heads), first("num_key_value_heads", default=heads)
     return {
         "layers": layers,
         "hidden": hidden,
         "feed_forward": first("intermediate_size", "d_ff", "n_inner", default=4 * hidden),
         "queries": heads * head,
-        "keys": first("num_key_value_heads", default=heads) * head,
+        "keys": key_heads * head,
         "vocabulary": first("vocab_size"),
+        "heads": heads,
+        "key_heads": key_heads,
     }

@@ -37,6 +37,8 @@ class ModelShape:
         vocabulary: number of tokens.
         embeddings: number of weights of the embedding and of the projection to the vocabulary.
         stored: bytes of the weight files.
+        heads: number of query heads; 0 where it is not known.
+        key_heads: number of key heads; likewise.
     """
 
     weights: int
@@ -48,6 +50,8 @@ class ModelShape:
     vocabulary: int
     embeddings: int = 0
     stored: int = 0
+    heads: int = 0
+    key_heads: int = 0
 
     @staticmethod
     def of(folder: Path) -> ModelShape | None:

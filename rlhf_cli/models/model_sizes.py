@@ -29,13 +29,13 @@ def gated_decoder(sizes: Mapping[str, int], *, is_tied: bool) -> ModelShape:
 
 
 _KNOWN = {
-    # layers, hidden, feed_forward, queries, keys, vocabulary, and whether the embedding is tied
-    "1b": (16, 2_048, 8_192, 2_048, 512, 128_256, True),  # Llama 3.2 1B
-    "8b": (32, 4_096, 14_336, 4_096, 1_024, 128_256, False),  # Llama 3.1 8B
-    "32b": (64, 5_120, 25_600, 8_192, 1_024, 151_936, False),  # Qwen3 32B
-    "70b": (80, 8_192, 28_672, 8_192, 1_024, 128_256, False),  # Llama 3.1 70B
+    # layers, hidden, feed_forward, queries, keys, vocabulary, heads, key_heads, and whether the embedding is tied
+    "1b": (16, 2_048, 8_192, 2_048, 512, 128_256, 32, 8, True),  # Llama 3.2 1B
+    "8b": (32, 4_096, 14_336, 4_096, 1_024, 128_256, 32, 8, False),  # Llama 3.1 8B
+    "32b": (64, 5_120, 25_600, 8_192, 1_024, 151_936, 64, 8, False),  # Qwen3 32B
+    "70b": (80, 8_192, 28_672, 8_192, 1_024, 128_256, 64, 8, False),  # Llama 3.1 70B
 }
-_NAMES = ("layers", "hidden", "feed_forward", "queries", "keys", "vocabulary")
+_NAMES = ("layers", "hidden", "feed_forward", "queries", "keys", "vocabulary", "heads", "key_heads")
 SIZES = {
     name: gated_decoder(dict(zip(_NAMES, sizes, strict=True)), is_tied=is_tied)
     for name, (*sizes, is_tied) in _KNOWN.items()

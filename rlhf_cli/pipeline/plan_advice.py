@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.tensor_parallel import indivisible
 from rlhf_cli.models.resources import Extent, shards, vllm_least
 from rlhf_cli.pipeline.prediction import SERVER_SHARE
 from rlhf_cli.recipe.overrides import Layers, parse_set
@@ -205,7 +206,13 @@ def _other_drawing(stage: Stage, state: _Changed) -> Iterator[Iterator[_Changed]
         return
     new_tokens = sampling.max_new_tokens or state.recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     prompt = state.extent.prompt or state.recipe.data.max_prompt_tokens
-    least, device = vllm_least(state.extent.shape, prompt + new_tokens), state.extent.device
+    shape, device = state.extent.shape, state.extent.device
+    least = vllm_least(shape, prompt + new_tokens)
+    parts = {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "intermediate_size": shape.feed_forward,
+    }
 
     def changed(generation: dict[str, Any], server_gpus: int = 0) -> _Changed:
         recipe = state.recipe.model_copy(update={"generation": GenerationSettings.model_validate(generation)})
@@ -216,14 +223,14 @@ def _other_drawing(stage: Stage, state: _Changed) -> Iterator[Iterator[_Changed]
     yield (
         changed({"engine": "vllm", "tensor_parallel_size": size, "gpu_memory_utilization": tenths / 10})
         for size in range(1, own + 1)
-        if own % size == 0
+        if own % size == 0 and indivisible(parts, size) is None
         for tenths in range(9, 0, -1)
         if least <= size * device * tenths / 10
     )
     yield (
         changed({"vllm_server": SERVER}, server_gpus=size)
         for size in (1, 2, 4, 8)
-        if least <= size * device * SERVER_SHARE
+        if indivisible(parts, size) is None and least <= size * device * SERVER_SHARE
     )
 
 

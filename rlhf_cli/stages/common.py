@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from rlhf_cli.training.monitoring.trackers import Trackers
 
 EXCERPT = 80
+"""Characters of a prompt that identify a skipped record."""
 TOO_LONG = "shorten the prompts, or raise `data.max_prompt_tokens`"
 """What to do about prompts that are longer than the recipe allows."""
-"""Characters of a prompt that identify a skipped record."""
 
 CHOSEN_ON = "chosen_on.json"
 """File beside a PPO policy with the keys of the held-out prompts that chose it, which `evaluate` skips."""

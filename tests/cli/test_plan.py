@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_cli.cli.plan_report import show_plan
+from rlhf_cli.cli.plan_report import plan_json, show_plan
 from rlhf_cli.models.model_shape import ModelShape
-from rlhf_cli.models.resources import CPU_PROCESS, Extent
+from rlhf_cli.models.resources import CPU_PROCESS, Extent, MemoryNeed
 from rlhf_cli.pipeline import plan as planning
 from rlhf_cli.pipeline.plan import plan_run
 from rlhf_cli.pipeline.plan_advice import accepted_by, advise
+from rlhf_cli.pipeline.prediction import Took
+from rlhf_cli.pipeline.run_plan import RunPlan, StagePlan
 from rlhf_cli.pipeline.selection import Selection
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
@@ -50,6 +52,17 @@ def test_the_quickstart_is_counted_without_a_trial(tmp_path: Path):
         memory = stages[name].memory
         assert memory is not None
         assert 0.5e9 < memory.total < 1.5e9, "a model of a few megabytes in a process"
+
+
+def test_a_disturbed_trial_is_said_in_text_and_json_also_where_there_is_no_total(tmp_path: Path, capsys):
+    fits = StagePlan("train-rm", "run", "", predicted={"update": Took(2.0)})
+    large = StagePlan("ppo", "run", "", memory=MemoryNeed({"update": {"policy": 9}}), fits=False)
+    for stages in ([fits], [fits, large]):
+        plan = RunPlan(tmp_path / "run", stages, "cpu", 1, 1, True, others="other processes used 1.0 of 2 cores")
+        show_plan(plan)
+        assert capsys.readouterr().out.splitlines()[-1] == "warning: other processes used 1.0 of 2 cores"
+        assert plan_json(plan)["trial_warning"] == plan.others
+    assert plan_json(dataclasses.replace(plan, others=None))["trial_warning"] is None
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,17 @@ def test_the_fewest_changes_that_suffice_together_are_named(sharding, names):
     advice, combined = advised("ppo", recipe_of(*given), extent_of("70b", 8))
     assert not any(one.fits for one in advice)
     assert sorted(one.change.partition("=")[0] for one in combined) == names
+
+
+@pytest.mark.parametrize(("key_heads", "sizes"), [(8, [4, 4]), (10, [])])
+def test_a_model_is_divided_only_among_gpus_that_vllm_divides_it_among(key_heads, sizes):
+    """Two GPUs of 64 GB are too small for a model of 70B, and vLLM does not divide 10 key heads among four or eight."""
+    given = recipe_of("model.sharding=fsdp")
+    extent = extent_of("70b", 8, 64_000_000_000)
+    extent = replace(extent, shape=replace(extent.shape, key_heads=key_heads))
+    advice = drawing(advised("label", given, extent)[0])
+    changed = [recipe_of("model.sharding=fsdp", one.change).generation for one in advice]
+    assert [one.server_gpus or new.tensor_parallel_size for one, new in zip(advice, changed, strict=True)] == sizes
 
 
 @pytest.mark.parametrize("stage", ["label", "evaluate"])

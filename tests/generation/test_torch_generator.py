@@ -237,6 +237,15 @@ def test_the_host_waits_for_the_device_once_per_token(tiny_llama, top_p, monkeyp
     assert len(lists) <= tokens / 3 + longest, "rows that end are replaced"
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_weights_are_loaded_for_no_requests_only_where_all_processes_load_them_together(is_sharded, tiny_llama):
+    loaded, whole = [], policy_at(tiny_llama)
+    policy = Policy.load(whole.source, whole.sampling, is_sharded=is_sharded)
+    policy.model = lambda: loaded.append(whole) or whole.model()
+    assert TorchGenerator().generate(policy, []) == []
+    assert bool(loaded) is is_sharded
+
+
 def test_an_empty_prompt_is_refused(tiny_llama):
     with pytest.raises(ModelError, match="prompt 1 has no tokens"):
         generate(policy_at(tiny_llama), [1, 2], [[1], []])

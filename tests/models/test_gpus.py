@@ -67,6 +67,9 @@ def test_a_configuration_gives_the_shape_that_its_weights_have(tiny_llama: Path)
     counted, read = find_size(str(tiny_llama / "config.json")), ModelShape.required(tiny_llama)
     assert (counted.weights, counted.embeddings, counted.layers) == (read.weights, read.embeddings, read.layers)
     assert (counted.queries, counted.keys, counted.vocabulary) == (read.queries, read.keys, read.vocabulary)
+    config = json.loads((tiny_llama / "config.json").read_text())
+    assert (counted.heads, counted.key_heads) == (config["num_attention_heads"], config["num_key_value_heads"])
+    assert (read.heads, read.key_heads) == (counted.heads, counted.key_heads)
 
 
 @pytest.mark.parametrize(
