@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_cli.errors import RunInUseError, StorageError
+from rlhf_cli.errors import DiskError, RunInUseError, StorageError
 from rlhf_cli.files import waiting_lock
 from rlhf_cli.pipeline.manifest import now
 from rlhf_cli.pipeline.remote.index import Index, RemoteFile, read_index, read_record
@@ -22,7 +22,7 @@ GROWTH = 15.0
 """Seconds after which files that only grow are uploaded again."""
 _SHARE = 10
 """They wait at least so many times as long as the last upload took: all of a file that grew is uploaded again."""
-FAILURES = (StorageError, OSError, sqlite3.Error)
+FAILURES = (StorageError, DiskError, OSError, sqlite3.Error)
 """What an upload may raise because of the storage or the disk; another attempt may succeed."""
 
 Bar = Callable[[int], AbstractContextManager[Moved]]

@@ -10,9 +10,10 @@ import pytest
 from rlhf_cli import files, storage
 from rlhf_cli.errors import DiskError, StorageError, UsageError
 from rlhf_cli.pipeline.remote import copy as remote_module
+from rlhf_cli.pipeline.remote.attach import remote_copy
 from rlhf_cli.pipeline.remote.fetch import fetch
 from rlhf_cli.storage import Storage
-from tests.pipeline.remote.faulty_storage import URL, copied, folder_with
+from tests.pipeline.remote.faulty_storage import URL, copied, folder_with, stored, wait_until
 
 
 class Refused(Exception):  # noqa: N818  (as aiohttp's)
@@ -106,6 +107,21 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch):
     with pytest.raises(DiskError, match=rf"cannot lock {tmp_path}/\.remote\.lock: no locks available") as raised:
         copied(tmp_path)
     assert "supports file locks" in (raised.value.hint or "")
+
+
+def test_a_lock_that_fails_during_a_run_is_tried_again(tmp_path: Path, monkeypatch, capsys):
+    def without(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder = folder_with(tmp_path, sft__weights="w")
+    with remote_copy(URL, folder, "toy") as copy:
+        assert copy is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "lock", without)
+            copy.start()
+            wait_until(lambda: "no locks available" in capsys.readouterr().err)
+        wait_until(lambda: "is up to date again" in capsys.readouterr().err)
+        assert stored() == {"sft/weights": b"w"}
 
 
 def test_a_missing_driver_is_named(monkeypatch):
