@@ -21,7 +21,7 @@ from rlhf_cli.storage import Moved, Storage
 GROWTH = 15.0
 """Seconds after which files that only grow are uploaded again."""
 _SHARE = 10
-"""They wait at least so many times as long as the last upload took: all of a file that grew is uploaded again."""
+"""They wait at least so many times as long as their last upload took: all of a file that grew is uploaded again."""
 FAILURES = (StorageError, DiskError, OSError, sqlite3.Error)
 """What an upload may raise because of the storage or the disk; another attempt may succeed."""
 
@@ -80,8 +80,10 @@ class Uploader:
                     return False
             finally:
                 shutil.rmtree(links, ignore_errors=True)
+            only_grew = not has_changed(self._synced, seen)  # a checkpoint that takes long does not delay labels
             self._synced, self._synced_at = seen, time.monotonic()
-            self._took = self._synced_at - began
+            if only_grew:
+                self._took = self._synced_at - began
             self._uploaded.clear()
             return True
 
