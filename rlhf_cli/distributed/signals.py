@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Protocol, Self
 
+from rlhf_cli.distributed.process_group import is_lost_peer
 from rlhf_cli.distributed.worker import is_supervised
 from rlhf_cli.errors import Interrupted
 from rlhf_cli.run_log import write
@@ -92,6 +93,8 @@ class SignalStop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+        if is_lost_peer(error):  # torchrun then sends SIGTERM at once, which would end this process before it says why
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _text(self) -> str:
         assert self._signum is not None

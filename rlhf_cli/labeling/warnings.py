@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -17,11 +18,6 @@ from rlhf_cli.plain_text import printable
 ALL_LABELS = "all labels"
 WARNINGS, OF_JUDGES = "warnings.json", "judge.json"
 """Files of an artifact with the warnings about people's labels, and with those about judges among other things."""
-_DOUBTFUL = frozenset(
-    {"agreement", "self-consistency", "gold", "order", "speed", "habit", "length", "guidelines"}
-    | {"accuracy", "format", "disagreement"}
-)
-"""Kinds that put in doubt what is learned from the labels, or decided by them."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +29,14 @@ class LabelWarning:
         about: the annotator, judge or prompt, or `ALL_LABELS`.
         text: what was found, with the measured value.
         advice: what to do.
+        is_doubt: whether it puts in doubt what is learned from the labels, or decided by them.
     """
 
     kind: str
     about: str
     text: str
     advice: str
+    is_doubt: bool = field(kw_only=True)
 
 
 def one_line(text: str) -> str:
@@ -78,5 +76,10 @@ def doubtful_warnings(folder: Path) -> list[LabelWarning]:
             with reading_artifact(path):
                 content = json.loads(path.read_text(encoding="utf-8"))
                 rows = content if path.name == WARNINGS else content.get("warnings", [])
-                found += [LabelWarning(**{part.name: row[part.name] for part in fields(LabelWarning)}) for row in rows]
-    return [one for one in found if one.kind in _DOUBTFUL]
+                found += map(_read, rows)
+    return [one for one in found if one.is_doubt]
+
+
+def _read(row: dict[str, Any]) -> LabelWarning:
+    complete = {"is_doubt": True} | row  # files of earlier versions lack it: better shown than hidden
+    return LabelWarning(**{part.name: complete[part.name] for part in fields(LabelWarning)})

@@ -50,7 +50,7 @@ from rlhf_cli.stages.workload import Reading, Workload
 
 if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.stages.trial import Progress, Rates
+    from rlhf_cli.stages.trial import Rates, TrialProgress
 
 TRIAL_SECONDS = 10.0
 """Seconds that the trials of all stages take together, without loading models; up to twice that for large ones."""
@@ -171,7 +171,7 @@ class _StagePlanner:
                 self._took.append(time.monotonic() - began)
         return planned
 
-    def _plan(self, step: Step, progress: Progress) -> StagePlan:
+    def _plan(self, step: Step, progress: TrialProgress) -> StagePlan:
         stage, section = step.stage, self._recipe.section(step.stage.name)
         if step.manifest is not None or stage.workload is None:
             return StagePlan(stage.name, step.action, step.reason)
@@ -245,7 +245,9 @@ class _StagePlanner:
         )
         return extent if self._target is None else self._target.extent(extent, workload)
 
-    def _trial(self, context: StageContext[Any, Any], reading: Reading, seconds: float, progress: Progress) -> Rates:
+    def _trial(
+        self, context: StageContext[Any, Any], reading: Reading, seconds: float, progress: TrialProgress
+    ) -> Rates:
         from rlhf_cli.stages.trial import run_trial
 
         settings, recipe = context.settings, context.recipe

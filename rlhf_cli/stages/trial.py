@@ -49,7 +49,7 @@ _PRIOR = 0.5
 """Ended completions that the guess of their length counts as: it decides only where none ended."""
 
 
-Progress = Callable[[float, str], object]
+TrialProgress = Callable[[float, str], object]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run_trial(
     recompute: bool = False,
     seconds: float = 4.0,
     folder: Path,
-    progress: Progress = lambda _units, _doing: None,
+    progress: TrialProgress = lambda _units, _doing: None,
 ) -> Rates:
     """Measure the rates of a stage; see the module.
 
@@ -149,7 +149,7 @@ def _with_model(
     *,
     recompute: bool,
     seconds: float,
-    progress: Progress,
+    progress: TrialProgress,
 ) -> tuple[float, _Drawn, float, float, torch.device]:
     """Return seconds of loading, what decoding showed, `Rates.forward`, `Rates.train`, and the device of the model.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli import storage
+from rlhf_cli.cli.label.human import AnnotationInterface, label_by_annotators
+from rlhf_cli.errors import WaitingForLabelsError
 from rlhf_cli.labeling.label_sources import STORE
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import Entry
+from rlhf_cli.labeling.web import serving
 
 
 @pytest.fixture
@@ -110,6 +115,31 @@ def test_a_page_that_is_stopped_says_how(answers, tmp_path, signum, code):
     process.send_signal(signum)
     assert process.wait(timeout=30) == code
     assert process.stdout.read() == ""
+
+
+def test_storage_that_is_away_when_the_page_closes_keeps_no_ranking_from_being_written(
+    rlhf, answers, tmp_path, monkeypatch, capsys
+):
+    run, far = tmp_path / "run", tmp_path / "far"
+    rlhf("label", "--by", "human", "--items", answers, "--run-dir", run, "--remote", f"file://{far}", code=76)
+    monkeypatch.setattr(storage, "PAUSE", 0.0)
+    calls = []
+
+    def stage(force: bool) -> None:
+        calls.append(force)
+        if len(calls) == 1:
+            raise WaitingForLabelsError("3 labels are missing", store=str(run / STORE))
+
+    def serve(*_: object, **__: object) -> None:
+        rank_all(run)
+        shutil.rmtree(far)
+        far.write_text("away")
+
+    monkeypatch.setattr(serving, "serve", serve)
+    page = AnnotationInterface(serve=True, host="127.0.0.1", port=0, annotators=("Ann",))
+    label_by_annotators(stage, lambda: None, page, waits_in=None, force=False)
+    assert calls == [False, False]
+    assert f"the remote copy is behind {run}: " in capsys.readouterr().err
 
 
 def test_the_stage_and_what_can_be_done_with_labels_share_one_name(rlhf):

@@ -30,7 +30,8 @@ def test_warnings_about_judges_are_repeated(tmp_path, capsys):
     folder = tmp_path / "evaluate"
     folder.mkdir()
     warning = {"kind": "accuracy", "about": "judge-7b", "text": "is no better than chance", "advice": "use another"}
-    (folder / "judge.json").write_text(json.dumps({"warnings": [warning, warning | {"kind": "usage"}]}))
+    warnings = [warning | {"is_doubt": True}, warning | {"is_doubt": False}]
+    (folder / "judge.json").write_text(json.dumps({"warnings": warnings}))
     show_outcome(RunResult(tmp_path, [StageResult("evaluate", "done", "", folder, 1.0, {}, [], {})]))
     text = " ".join(capsys.readouterr().err.split())
     assert text.count("warning: evaluate: judge-7b: is no better than chance") == 1

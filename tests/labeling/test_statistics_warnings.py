@@ -67,6 +67,7 @@ def test_a_labeler_who_clicks_the_first_completion_is_found():
     for number in range(4):
         assert not kinds(report, f"p{number}")
     assert kinds(report, "all labels") == {"order"}
+    assert all(warning.is_doubt for warning in report.warnings)
     for warning in report.warnings:
         assert warning.text
         assert warning.advice
@@ -106,6 +107,7 @@ def test_one_person_two_guidelines_and_a_prompt_nobody_ranks_are_warnings():
     labels += [odd, replace(odd, annotator="ben", outcome="flagged", reason="private data")]
     report = statistics(labels, seed=0)
     assert kinds(report) >= {"one person", "guidelines", "skipped prompt", "overlap"}
+    assert {warning.kind for warning in report.warnings if warning.is_doubt} == {"guidelines"}
     (skipped,) = [warning for warning in report.warnings if warning.kind == "skipped prompt"]
     assert skipped.about == "prompt odd"
     assert "no question, private data" in skipped.text

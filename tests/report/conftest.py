@@ -47,8 +47,8 @@ class Runs:
         run = self.folder / name
         label = {"label": {"by": "function", "function": "kinds/judge.py:score"}}
         warned = [
-            {"kind": kind, "about": "ana", "text": text, "advice": "read them"}
-            for kind, text in (("order", "favors the first"), ("one person", "labeled all"))
+            {"kind": kind, "about": "ana", "text": text, "advice": "read them", "is_doubt": is_doubt}
+            for kind, text, is_doubt in (("order", "favors the first", True), ("one person", "labeled all", False))
         ]
         files = {"rankings.jsonl": "", "warnings.json": json.dumps(warned)}
         sizes = {"prompts": 320.0, "completions": 1280.0}

@@ -304,6 +304,15 @@ def test_a_warning_of_a_later_version_may_say_more(runs):
     assert [one.kind for one in read_run(run).label_warnings["label"]] == ["order"]
 
 
+def test_a_warning_that_does_not_say_whether_it_is_a_doubt_is_shown(runs):
+    run = runs.write()
+    rows = json.loads((run / "label/warnings.json").read_text())
+    for row in rows:
+        del row["is_doubt"]
+    (run / "label/warnings.json").write_text(json.dumps(rows))
+    assert [one.kind for one in read_run(run).label_warnings["label"]] == ["order", "one person"]
+
+
 def test_without_matplotlib_there_are_no_pictures_and_it_is_said(runs, monkeypatch, capsys):
     monkeypatch.setattr(build, "has_matplotlib", lambda: False)
     run = runs.write()

@@ -149,7 +149,7 @@ def _label_waiting_run(run_dir: Path, interface: AnnotationInterface) -> None:
         typer.echo(run_dir / "label")
         return
     afterwards = f"continue with `{last_command(run_dir) or 'rlhf run RECIPE'}`"
-    _open(store, run_dir, interface, afterwards, OtherCommand(run_dir))
+    _open(store, run_dir, interface, afterwards, OtherCommand(run_dir), is_last=True)
     if interface.serve:
         say(f"enough prompts are labeled: {afterwards}")
 
@@ -208,6 +208,8 @@ def _open(
     interface: AnnotationInterface,
     afterwards: str,
     sampling: BackgroundCommand | OtherCommand,
+    *,
+    is_last: bool = False,
 ) -> None:
     """Open the interface; raise `WaitingForLabelsError` if labels are still missing when it is closed.
 
@@ -217,6 +219,7 @@ def _open(
         interface: terminal or web page.
         afterwards: what to do once labeling is complete, for the person at the terminal.
         sampling: what may be sampling meanwhile.
+        is_last: the stage is not run afterwards.
 
     Raises:
         ReportedError, ProcessDiedError: sampling in the background failed.
@@ -229,7 +232,7 @@ def _open(
     own = None if isinstance(sampling, OtherCommand) else sampling
     has_failed = threading.Event() if own is None else own.has_failed
     status = SamplerStatus(lambda: sampling.is_running, has_failed)
-    with known_remote_copy(run_dir):
+    with known_remote_copy(run_dir, is_last=is_last):
         if interface.serve:
             _serve(store, interface, status)
         else:

@@ -34,6 +34,7 @@ def warnings_of_judge(
             name,
             f"gives the same verdict in both orders on {consistent.value:.0%} of pairs{first}; the others are ties",
             "use a stronger judge: it labels more pairs",
+            is_doubt=False,
         )
     yield from _length(name, verdicts)
     yield from _failures(name, replies)
@@ -43,6 +44,7 @@ def warnings_of_judge(
             name,
             f"gives the letters A and B together {replies.says_a_letter:.0%} of the probability of its next token",
             "it hardly understands the question: use another judge",
+            is_doubt=True,
         )
     if replies.estimated:
         yield LabelWarning(
@@ -50,6 +52,7 @@ def warnings_of_judge(
             name,
             f"did not report the tokens of {replies.estimated:,} of {replies.questions:,} replies",
             "upper bounds are counted as their cost",
+            is_doubt=False,
         )
     yield from _chance(name, known)
 
@@ -67,6 +70,7 @@ def warnings_of_panel(
                 f"{one} and {other}",
                 f"prefer the same completion in {rate.value:.0%} of {rate.count:,} pairs; chance gives 50%",
                 "at least one of them does not follow the rubric: compare their votes in votes.jsonl",
+                is_doubt=True,
             )
 
 
@@ -78,6 +82,7 @@ def _failures(name: str, replies: ReplyStatistics) -> Iterator[LabelWarning]:
             name,
             f"gave no verdict on {replies.parse_failures:,} of {replies.questions:,} questions ({reasons})",
             "read these replies in votes.jsonl",
+            is_doubt=False,
         )
     if too_long := replies.failures.get(TOO_LONG, 0):
         yield LabelWarning(
@@ -85,6 +90,7 @@ def _failures(name: str, replies: ReplyStatistics) -> Iterator[LabelWarning]:
             name,
             f"cannot read {too_long:,} of {replies.questions:,} questions, which exceed its context length",
             "use a judge with a longer context",
+            is_doubt=False,
         )
 
 
@@ -98,6 +104,7 @@ def _length(name: str, verdicts: VerdictStatistics) -> Iterator[LabelWarning]:
         name,
         f"prefers the {which} completion in {max(wins.value, 1 - wins.value):.0%} of {wins.count:,} pairs",
         "read which completions win in votes.jsonl",
+        is_doubt=True,
     )
 
 
@@ -111,6 +118,7 @@ def _chance(name: str, known: KnownOrderAgreement | None) -> Iterator[LabelWarni
             name,
             f"is {than} on pairs with a known order: correct on {known.rate}",
             "do not train on its labels; use another judge or rubric",
+            is_doubt=True,
         )
 
 

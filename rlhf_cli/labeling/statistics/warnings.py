@@ -61,6 +61,7 @@ def _of_all_labels(report: LabelReport) -> Iterator[LabelWarning]:
             f"the completion shown {_favored(first)} is favored: the earlier-shown one wins {_with_interval(first)} of "
             "untied pairs, where a random order gives 50 %",
             "see below who causes it; remind annotators to read all completions before they rank",
+            is_doubt=True,
         )
     if longer.low is not None and longer.low > ALWAYS_LONGER:
         yield LabelWarning(
@@ -69,6 +70,7 @@ def _of_all_labels(report: LabelReport) -> Iterator[LabelWarning]:
             f"the longer completion wins {_with_interval(longer)} of untied pairs; always picking the longer one "
             f"agrees with {ALWAYS_LONGER:.1%} of AlpacaEval's labels",
             "say in the guidelines how to treat padding, and check that the reward model does not learn length alone",
+            is_doubt=True,
         )
     told = {name: count for name, count in report.guidelines.items() if count}
     if len(told) > 1:
@@ -79,6 +81,7 @@ def _of_all_labels(report: LabelReport) -> Iterator[LabelWarning]:
             ALL_LABELS,
             f"labels were given under {len(told)} versions of the guidelines{without}: {parts}",
             "measure agreement for each version, and repeat labels whose guidelines differed in substance",
+            is_doubt=True,
         )
 
 
@@ -95,6 +98,7 @@ def _overlap(report: LabelReport) -> Iterator[LabelWarning]:
             f"{most.labels:,} of {total:,} labels are by one annotator",
             "the reward model learns the taste of one person: add annotators, with some prompts in common "
             "(`label.human.overlap`)",
+            is_doubt=False,
         )
     ties = report.agreement.with_ties
     more, has = report.more_prompts, report.counts.shared_prompts
@@ -105,6 +109,7 @@ def _overlap(report: LabelReport) -> Iterator[LabelWarning]:
             "no prompt was ranked by two annotators, so agreement is unknown",
             f"have a second annotator label about {more:,} prompts to measure agreement within +-5 points; a quarter "
             "of that gives +-10",
+            is_doubt=False,
         )
     elif (ties.high - ties.low) / 2 > WIDEST_HALF:
         yield LabelWarning(
@@ -112,6 +117,7 @@ def _overlap(report: LabelReport) -> Iterator[LabelWarning]:
             ALL_LABELS,
             f"too few prompts were ranked twice to measure agreement: {_with_interval(ties)} on {has:,} prompts",
             f"have a second annotator label about {more:,} more prompts to measure agreement within +-5 points",
+            is_doubt=False,
         )
 
 
@@ -133,6 +139,7 @@ def _of_prompts(labels: Sequence[LabelRecord]) -> Iterator[LabelWarning]:
                 _excerpt(prompt_text(own[0].prompt)),
                 f"{len(annotators)} of {len(seen[key])} annotators skipped or flagged this prompt: {reasons}",
                 "read it; remove it from the prompts, or say in the guidelines how to rank it",
+                is_doubt=False,
             )
 
 
@@ -152,6 +159,7 @@ def _of_annotator(one: AnnotatorReport, level: float, *, is_alone: bool) -> Iter
             "gives 50 %",
             f"{'read all completions before you rank' if is_alone else 'talk to them'}; check the labels where the "
             f"completion shown {_favored(one.first_shown)} wins before you train on them",
+            is_doubt=True,
         )
     pace = one.pace
     if pace is not None and pace.labels >= ENOUGH_LABELS and pace.fast_share > MOST_FAST:
@@ -162,6 +170,7 @@ def _of_annotator(one: AnnotatorReport, level: float, *, is_alone: bool) -> Iter
             f"{LEAST_SECONDS_PER_100_CHARACTERS:g} s per 100 characters of the completions, which is 1,000 words per "
             "minute",
             "this is faster than reading: check these labels, and exclude them unless they turn out to be good",
+            is_doubt=True,
         )
     habit = one.habit
     if habit is not None and habit.of >= ENOUGH_LABELS and habit.times > SAME_HABIT * habit.of:
@@ -171,6 +180,7 @@ def _of_annotator(one: AnnotatorReport, level: float, *, is_alone: bool) -> Iter
             f"gave the same ranking by position, {habit.pattern}, in {habit.times:,} of {habit.of:,} labels",
             "the order of presentation is random, so these are not judgments: exclude them and "
             f"{'rank these prompts again' if is_alone else 'ask what happened'}",
+            is_doubt=True,
         )
     shown = one.labels + one.skipped + one.flagged
     if shown >= ENOUGH_LABELS and one.skipped + one.flagged > MOST_SKIPS * shown:
@@ -181,6 +191,7 @@ def _of_annotator(one: AnnotatorReport, level: float, *, is_alone: bool) -> Iter
             f"({(one.skipped + one.flagged) / shown:.0%})",
             f"{'see the reasons' if is_alone else 'ask why'}: unclear guidelines, a language that they do not read, or "
             "prompts that cannot be labeled",
+            is_doubt=False,
         )
 
 
@@ -195,6 +206,7 @@ def _consistency(one: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
                 f"agrees with others on {_with_interval(one.agreement)} of pairs; the others agree with one another on "
                 f"{_with_interval(one.others)}",
                 "discuss some disagreements together: the cause may be the annotator, or unclear guidelines",
+                is_doubt=True,
             )
     for kind, estimate, floor, what, advice in (
         ("self-consistency", one.self_consistency, LEAST_SELF_CONSISTENCY, "repeats their own verdict on",
@@ -210,6 +222,7 @@ def _consistency(one: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
                 f"{what} {_with_interval(estimate)} of pairs, from {estimate.prompts:,} prompts; at least {floor:.0%} "
                 "is expected",
                 advice,
+                is_doubt=True,
             )
 
 

@@ -41,26 +41,34 @@ def remote_copy(url: str | None, folder: Path, name: str) -> Iterator[RemoteCopy
 
 
 @contextlib.contextmanager
-def _ending(copy: RemoteCopy) -> Iterator[None]:
+def _ending(copy: RemoteCopy, *, is_last: bool = True) -> Iterator[None]:
+    failure = None
     try:
         yield
     except RLHFError as error:
-        try:
-            copy.finish()
-        except StorageError as behind:
-            warn(f"{behind.message} ({behind.hint})")
-        except RunInUseError as taken:
-            raise taken from error
-        raise
+        failure = error
     except BaseException:  # a mistake in rlhf, or a second Ctrl-C
         copy.abandon()
         raise
-    copy.finish()
+    try:
+        copy.finish()
+    except StorageError as behind:
+        if is_last and failure is None:
+            raise
+        warn(f"{behind.message} ({behind.hint})")
+    except RunInUseError as taken:
+        raise taken from failure
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager
-def known_remote_copy(folder: Path) -> Iterator[None]:
+def known_remote_copy(folder: Path, *, is_last: bool = True) -> Iterator[None]:
     """Keep the remote copy that a run directory has, if it has one, beside whatever other process works in it.
+
+    Args:
+        folder: run directory.
+        is_last: False if the command uploads again later: a copy that is behind is then only a warning.
 
     Raises:
         StorageError: at the end, the copy is behind.
@@ -72,5 +80,5 @@ def known_remote_copy(folder: Path) -> Iterator[None]:
         return
     copy = RemoteCopy(known.url, folder, "")
     copy.start()
-    with _ending(copy):
+    with _ending(copy, is_last=is_last):
         yield

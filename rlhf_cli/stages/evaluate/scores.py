@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,7 @@ class ScoreFile:
         Raises:
             DiskError: the disk is full; earlier chunks are kept.
         """
-        mine = self._stored() if self._processes.is_main else None
-        found: dict[int, Any] = dict(self._processes.all_gather_object(mine)[0])
+        found = self._found
         missing = [row for row in range(count) if row not in found]
         for start in range(0, len(missing), chunk):
             before_chunk()
@@ -58,8 +58,13 @@ class ScoreFile:
 
     def lacks(self, count: int) -> int:
         """Return how many of the rows below `count` are not stored; every process gets the same number."""
-        stored = {row for row, _ in self._stored()} if self._processes.is_main else set()
-        return self._processes.all_gather_object(len(set(range(count)) - stored))[0]
+        return len(set(range(count)) - self._found.keys())
+
+    @cached_property
+    def _found(self) -> dict[int, Any]:
+        """Results by row; rank 0 reads the file once, when all processes first ask."""
+        mine = self._stored() if self._processes.is_main else None
+        return dict(self._processes.all_gather_object(mine)[0])
 
     def _stored(self) -> list[tuple[int, Any]]:
         """Return (row, result) of all whole lines, and cut off what is torn or damaged."""

@@ -198,21 +198,21 @@ def test_nothing_is_said_of_a_good_judge():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "is_doubt", "words"),
     [
-        ({"consistent": rate(0.5)}, "the same verdict in both orders on 50% of pairs"),
-        ({"longer_wins": rate(0.8)}, "prefers the longer completion in 80% of 100 pairs"),
-        ({"longer_wins": rate(0.2)}, "prefers the shorter completion in 80% of 100 pairs"),
-        ({"failures": {NO_VERDICT: 5}}, "no verdict on 5 of 200 questions (5 no verdict in the reply)"),
-        ({"failures": {TOO_LONG: 1}}, "cannot read 1 of 200 questions"),
-        ({"says_a_letter": 0.1}, "10% of the probability"),
-        ({"estimated": 3}, "did not report the tokens of 3 of 200 replies"),
+        ({"consistent": rate(0.5)}, False, "the same verdict in both orders on 50% of pairs"),
+        ({"longer_wins": rate(0.8)}, True, "prefers the longer completion in 80% of 100 pairs"),
+        ({"longer_wins": rate(0.2)}, True, "prefers the shorter completion in 80% of 100 pairs"),
+        ({"failures": {NO_VERDICT: 5}}, False, "no verdict on 5 of 200 questions (5 no verdict in the reply)"),
+        ({"failures": {TOO_LONG: 1}}, False, "cannot read 1 of 200 questions"),
+        ({"says_a_letter": 0.1}, True, "10% of the probability"),
+        ({"estimated": 3}, False, "did not report the tokens of 3 of 200 replies"),
     ],
 )
-def test_what_deserves_a_warning_gets_one(changes, words):
+def test_what_deserves_a_warning_gets_one(changes, is_doubt, words):
     (warning,) = said(**changes)
     assert words in warning.text
-    assert (warning.about, bool(warning.advice)) == ("one", True)
+    assert (warning.about, bool(warning.advice), warning.is_doubt) == ("one", True, is_doubt)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,7 @@ def test_a_judge_that_is_no_better_than_chance_is_told_so():
     verdicts = [{(0, 1): 1 if number % 2 else -1} for number in range(60)]
     (warning,) = said(known=agreement(candidates, verdicts))
     assert "no better than chance" in warning.text
+    assert warning.is_doubt
     (warning,) = said(known=agreement(candidates, [{(0, 1): -1}] * 60))
     assert "worse than chance" in warning.text
     assert said(known=agreement(candidates, [{(0, 1): 1}] * 60)) == []
@@ -243,6 +244,7 @@ def test_judges_that_hardly_agree_are_named():
     verdict_statistics = VerdictStatistics(rate(0.1), rate(0.5), rate(0.0))
     (warning,) = warnings_of_panel(verdict_statistics, None, {("one", "two"): rate(0.55), ("one", "three"): rate(0.8)})
     assert warning.about == "one and two"
+    assert warning.is_doubt
     assert "prefer the same completion in 55% of 100 pairs" in warning.text
 
 

@@ -8,6 +8,9 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
+from rlhf_cli.errors import StorageError
 from rlhf_cli.files import append
 from rlhf_cli.pipeline.remote import snapshot, upload
 from rlhf_cli.pipeline.remote.attach import known_remote_copy, remote_copy
@@ -39,6 +42,18 @@ def test_labels_in_a_log_of_sqlite_are_copied(tmp_path: Path):
     with closing(sqlite3.connect(tmp_path / "then.sqlite")) as store:
         assert store.execute("SELECT text FROM labels").fetchall() == [("better",)]
     assert set(index().files) == {"kept/label/verdicts", "kept/label/labels.sqlite"}
+
+
+def test_storage_that_is_away_ends_no_command_that_uploads_again_later(tmp_path: Path, faulty, capsys):
+    folder = folder_with(tmp_path, sft__weights="w")
+    copied(folder)
+    faulty.always.append(PermissionError("away"))
+    folder_with(folder, ppo__weights="v")
+    with known_remote_copy(folder, is_last=False):
+        pass
+    assert f"the remote copy is behind {folder}: " in capsys.readouterr().err
+    with pytest.raises(StorageError, match="is behind"), known_remote_copy(folder):
+        pass
 
 
 def test_small_files_beyond_a_sum_are_kept_on_the_disk(tmp_path: Path, monkeypatch):

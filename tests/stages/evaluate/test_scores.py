@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -42,10 +44,24 @@ def test_damage_is_said_and_computed_again(damage, tmp_path, capsys):
     path = tmp_path / "s.jsonl"
     ScoreFile(path, ProcessGroup()).fill(10, Counting(), chunk=3)
     path.write_bytes(damage(path.read_bytes()))
-    rest = Counting()
-    assert ScoreFile(path, ProcessGroup()).fill(10, rest, chunk=3) == EXPECTED
+    rest, file = Counting(), ScoreFile(path, ProcessGroup())
+    left = file.lacks(10)
+    assert file.fill(10, rest, chunk=3) == EXPECTED
     assert rest.rows in ([9], [6, 7, 8, 9], [])
+    assert len(rest.rows) == left
+    assert file.lacks(10) == 0
     assert "torn or damaged" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_file_is_read_once(tmp_path, monkeypatch):
+    path, reads = tmp_path / "s.jsonl", []
+    ScoreFile(path, ProcessGroup()).fill(10, Counting(), chunk=3)
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))
+    file = ScoreFile(path, ProcessGroup())
+    assert file.lacks(12) == 2
+    assert file.fill(10, Counting(), chunk=3) == EXPECTED
+    assert reads == [path]
 
 
 def test_a_stop_comes_between_chunks(tmp_path):
