@@ -58,7 +58,7 @@ def has_password(url: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """Return a text in which URLs have neither a password nor a query."""
-    return re.sub(r"(://[^\s?]*\?)\S*", r"\1...", re.sub("://[^/@\\s]*:[^/@\\s]*@", "://...@", text))
+    return re.sub(r"(://[^\s?]*\?)\S*", r"\1...", re.sub("://[^/\\s]*:[^/\\s]*@", "://...@", text))
 
 
 class Storage:
@@ -148,7 +148,7 @@ class Storage:
                     try:
                         self._files.put_file(str(content), self._path(name), callback=callback)
                     except OSError as error:
-                        if error.filename != str(content):
+                        if error.filename != str(content) or error.filename2 is not None:  # copying names both files
                             raise
                         raise StorageError(f"cannot read {content}: {_reason(error)}") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlhf_cli.console import working
 from rlhf_cli.distributed.signals import SignalStop
-from rlhf_cli.errors import RunInUseError, StorageError, UsageError
+from rlhf_cli.errors import RLHFError, RunInUseError, StorageError, UsageError
 from rlhf_cli.pipeline.manifest import now
 from rlhf_cli.pipeline.remote.index import Index, Record, new_id, read_index, read_record
 from rlhf_cli.pipeline.remote.restore import restore
@@ -126,7 +126,7 @@ class RemoteCopy:
         try:
             is_whole = self._uploader.upload(lambda total: transfer_bar(f"uploading to {self._url}", total))
         except FAILURES as error:
-            hint = f"{error.hint}; then " if isinstance(error, StorageError) and error.hint is not None else ""
+            hint = f"{error.hint}; then " if isinstance(error, RLHFError) and error.hint is not None else ""
             raise StorageError(
                 f"the remote copy is behind {self._folder}: {error}",
                 hint=f"{hint}run the same command again, which uploads what is missing",
@@ -154,7 +154,7 @@ class RemoteCopy:
             except FAILURES as error:
                 failures += 1
                 pause = min(POLL * 2**failures, _LONGEST_PAUSE)
-                hint = f" ({error.hint})" if isinstance(error, StorageError) and error.hint is not None else ""
+                hint = f" ({error.hint})" if isinstance(error, RLHFError) and error.hint is not None else ""
                 again = f"the run goes on; trying again in {pause:.0f} s"
                 warn(f"the remote copy is behind: {error}{hint}; {again}")
             except RunInUseError as error:

@@ -15,6 +15,7 @@ from rlhf_cli.pipeline.disk_space import check_free_space
 from rlhf_cli.storage import Storage, is_inside, transfer_bar
 
 _fetched: dict[str, str] = {}
+_FULL = "free disk space there, or set XDG_CACHE_HOME to a folder on another disk that you can write to"
 
 
 def fetch(url: str) -> str:
@@ -42,11 +43,11 @@ def fetch(url: str) -> str:
         with waiting_lock(folder.with_name(f"{folder.name}.lock")):
             if not folder.exists():
                 _download(storage, files, folder, target.name)
+    except DiskError as error:
+        error.hint = _FULL
+        raise
     except OSError as error:
-        raise DiskError(
-            f"cannot write in {cache()}: {(error.strerror or str(error)).lower()}",
-            hint="free disk space there, or set XDG_CACHE_HOME to a folder on another disk",
-        ) from error
+        raise DiskError(f"cannot write in {cache()}: {(error.strerror or str(error)).lower()}", hint=_FULL) from error
     _fetched[f"{target}{mark}{split}"] = url
     return f"{target}{mark}{split}"
 

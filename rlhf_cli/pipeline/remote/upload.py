@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_cli.errors import RunInUseError, StorageError
+from rlhf_cli.errors import DiskError, RunInUseError, StorageError
 from rlhf_cli.files import waiting_lock
 from rlhf_cli.pipeline.manifest import now
 from rlhf_cli.pipeline.remote.index import Index, RemoteFile, read_index, read_record
@@ -21,8 +21,8 @@ from rlhf_cli.storage import Moved, Storage
 GROWTH = 15.0
 """Seconds after which files that only grow are uploaded again."""
 _SHARE = 10
-"""They wait at least so many times as long as the last upload took: all of a file that grew is uploaded again."""
-FAILURES = (StorageError, OSError, sqlite3.Error)
+"""They wait at least so many times as long as their last upload took: all of a file that grew is uploaded again."""
+FAILURES = (StorageError, DiskError, OSError, sqlite3.Error)
 """What an upload may raise because of the storage or the disk; another attempt may succeed."""
 
 Bar = Callable[[int], AbstractContextManager[Moved]]
@@ -80,8 +80,10 @@ class Uploader:
                     return False
             finally:
                 shutil.rmtree(links, ignore_errors=True)
+            only_grew = not has_changed(self._synced, seen)  # a checkpoint that takes long does not delay labels
             self._synced, self._synced_at = seen, time.monotonic()
-            self._took = self._synced_at - began
+            if only_grew:
+                self._took = self._synced_at - began
             self._uploaded.clear()
             return True
 

@@ -127,7 +127,9 @@ def test_a_file_that_changed_meanwhile_is_refused(tmp_path: Path, monkeypatch):
     assert Path(fetch(f"file://{tmp_path}/far")).read_text() == "another"
 
 
-@pytest.mark.parametrize("url", ["https://host/data.jsonl?X-Amz-Signature=secret", "sftp://me:secret@host/data.jsonl"])
+@pytest.mark.parametrize(
+    "url", ["https://host/data.jsonl?X-Amz-Signature=secret", "sftp://me:p@secret@host/data.jsonl"]
+)
 @pytest.mark.parametrize("setting", ["data.prompts", "model.path", "label.active_learning.reward_models"])
 def test_a_signed_url_is_refused_without_repeating_it(toy: Toy, url: str, setting: str):
     value = f"[{url}]" if setting.endswith("models") else url

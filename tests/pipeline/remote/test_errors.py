@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_cli import files, storage
 from rlhf_cli.errors import DiskError, StorageError, UsageError
+from rlhf_cli.pipeline import disk_space
 from rlhf_cli.pipeline.remote import copy as remote_module
+from rlhf_cli.pipeline.remote.attach import remote_copy
 from rlhf_cli.pipeline.remote.fetch import fetch
 from rlhf_cli.storage import Storage
-from tests.pipeline.remote.faulty_storage import URL, copied, folder_with
+from tests.pipeline.remote.faulty_storage import URL, copied, folder_with, stored, wait_until
 
 
 class Refused(Exception):  # noqa: N818  (as aiohttp's)
@@ -81,12 +84,39 @@ def test_a_file_that_vanished_is_not_blamed_on_the_storage(tmp_path: Path, fault
         Storage(URL).upload(tmp_path / "link", "weights", lambda count: None)
 
 
+def test_full_storage_is_not_taken_for_a_file_that_cannot_be_read(tmp_path: Path, faulty, monkeypatch):
+    (tmp_path / "link").write_text("w")
+
+    def full(self, local: str, remote: str, **_: object) -> None:  # as shutil.copyfile for file:// URLs
+        raise OSError(errno.ENOSPC, "No space left on device", local, None, remote)
+
+    monkeypatch.setattr(faulty, "put_file", full)
+    with pytest.raises(StorageError, match=f"^{URL}: .*No space left") as raised:
+        Storage(URL).upload(tmp_path / "link", "weights", lambda count: None)
+    assert raised.value.is_temporary
+    assert "free disk space" in (raised.value.hint or "")
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch):
     (tmp_path / "data").write_text("{}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data"))  # a file
     with pytest.raises(DiskError, match=f"cannot write in {tmp_path}/data/rlhf/data: ") as raised:
         fetch(f"file://{tmp_path}/data")
     assert "XDG_CACHE_HOME" in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize("what", ["no space", "no locks"])
+def test_each_error_of_the_cache_says_how_to_move_it(tmp_path: Path, monkeypatch, what: str):
+    (tmp_path / "data").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if what == "no space":
+        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    else:
+        monkeypatch.setattr(files, "lock", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    with pytest.raises(DiskError, match=rf"{tmp_path}/cache/rlhf/data/") as raised:
+        fetch(f"file://{tmp_path}/data")
+    assert "XDG_CACHE_HOME" in (raised.value.hint or "")
+    assert "--run-dir" not in (raised.value.hint or "")
 
 
 def test_a_full_disk_before_the_first_stage_is_named(tmp_path: Path, monkeypatch):
@@ -106,6 +136,21 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch):
     with pytest.raises(DiskError, match=rf"cannot lock {tmp_path}/\.remote\.lock: no locks available") as raised:
         copied(tmp_path)
     assert "supports file locks" in (raised.value.hint or "")
+
+
+def test_a_lock_that_fails_during_a_run_is_tried_again(tmp_path: Path, monkeypatch, capsys):
+    def without(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder = folder_with(tmp_path, sft__weights="w")
+    with remote_copy(URL, folder, "toy") as copy:
+        assert copy is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "lock", without)
+            copy.start()
+            wait_until(lambda: "no locks available" in capsys.readouterr().err)
+        wait_until(lambda: "is up to date again" in capsys.readouterr().err)
+        assert stored() == {"sft/weights": b"w"}
 
 
 def test_a_missing_driver_is_named(monkeypatch):

@@ -16,6 +16,7 @@ from rlhf_cli.pipeline.remote import snapshot, upload
 from rlhf_cli.pipeline.remote.attach import known_remote_copy, remote_copy
 from rlhf_cli.pipeline.remote.index import INDEX
 from rlhf_cli.pipeline.remote.snapshot import scan, take
+from rlhf_cli.pipeline.remote.upload import GROWTH
 from rlhf_cli.storage import Storage
 from tests.pipeline.remote.faulty_storage import URL, copied, folder_with, index, keys, stored
 
@@ -81,13 +82,16 @@ def test_what_takes_long_to_upload_is_uploaded_less_often(tmp_path: Path, monkey
     monkeypatch.setattr(Storage, "upload", slow)
     copied(folder)
     uploader = upload.Uploader(Storage(URL), folder, "toy")
-    append(folder / "metrics.jsonl", b"2\n")
-    assert uploader.upload(lambda total: contextlib.nullcontext(lambda count: None))
-    append(folder / "metrics.jsonl", b"3\n")
-    now[0] += 599
-    assert not uploader.is_due()
-    now[0] += 2
-    assert uploader.is_due()
+    for wait, checkpoint in ((GROWTH, "first"), (600, None), (600, "second")):
+        append(folder / "metrics.jsonl", b"2\n")
+        if checkpoint is not None:  # how long it takes is not counted
+            folder_with(folder, sft__weights=checkpoint)
+        assert uploader.upload(lambda total: contextlib.nullcontext(lambda count: None))
+        append(folder / "metrics.jsonl", b"3\n")
+        now[0] += wait - 1
+        assert not uploader.is_due()
+        now[0] += 2
+        assert uploader.is_due()
 
 
 def test_a_snapshot_has_what_a_growing_file_had(tmp_path: Path, monkeypatch):
