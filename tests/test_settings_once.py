@@ -18,6 +18,7 @@ MOST_IN_COMMON = 2
 ALLOWED = {
     "ModelSource": "the resolved form of `model` (torch dtypes and device), for any model, not only `model.path`",
     "TransformerConfig": "the file format of a model: config.json must contain every size and part",
+    "ModelShape": "what config.json says of a model that exists; `BuildSettings` is of one to build",
     "RewardShape": "`objectives/` imports torch alone, so its pure functions cannot take a section",
     "AdapterBase": "stored beside an adapter: what it was trained on outlives the recipe",
     "Sampling": "the resolved form of `sampling`: nothing is left to inherit",

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_cli.errors import RLHFError, RunInUseError, StorageError
+from rlhf_cli.errors import Interrupted, RLHFError, RunInUseError, StorageError
 from rlhf_cli.pipeline.disk_space import disk_errors
 from rlhf_cli.pipeline.remote.copy import RemoteCopy
 from rlhf_cli.pipeline.remote.index import read_record
-from rlhf_cli.progress import warn
+from rlhf_cli.progress import say, warn
 
 
 @contextlib.contextmanager
@@ -50,6 +50,8 @@ def _ending(copy: RemoteCopy, *, is_last: bool = True) -> Iterator[None]:
     except BaseException:  # a mistake in rlhf, or a second Ctrl-C
         copy.abandon()
         raise
+    if isinstance(failure, Interrupted):
+        say(f"uploading what is new to {copy.url} before this ends; another signal ends it at once")
     try:
         copy.finish()
     except StorageError as behind:

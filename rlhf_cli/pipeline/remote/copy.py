@@ -52,7 +52,8 @@ class RemoteCopy:
         self._left = 0
 
     @property
-    def _url(self) -> str:
+    def url(self) -> str:
+        """Where the copy is."""
         return self._storage.url
 
     def begin(self) -> None:
@@ -63,16 +64,16 @@ class RemoteCopy:
             UsageError: the copy is of another run, or another machine has continued it.
         """
         with locked(self._folder):
-            with working(f"reading {self._url} ..."):
+            with working(f"reading {self.url} ..."):
                 index, known = read_index(self._storage), read_record(self._folder)
-            if known is not None and known.url != self._url:
+            if known is not None and known.url != self.url:
                 known = None
             if index is None:
                 index = Index(new_id() if known is None else known.run, self._name, "")
             elif known is None or index.writer not in (known.writer, known.before):
                 self._check_replaceable(index, known)
                 known = None
-            mine = Record(self._url, index.run, new_id(), index.writer)
+            mine = Record(self.url, index.run, new_id(), index.writer)
             if index.files and (known is None or not known.is_whole):
                 replace(mine, is_whole=False).write(self._folder)
                 restore(self._storage, index, self._folder)
@@ -87,18 +88,18 @@ class RemoteCopy:
         if found is not None and found.keys() <= {LOG}:
             if index.name != self._name:
                 raise UsageError(
-                    f"{self._url} has the run `{index.name}`, and the recipe is named `{self._name}`; {last}",
+                    f"{self.url} has the run `{index.name}`, and the recipe is named `{self._name}`; {last}",
                     hint=f"use another URL, or continue that run with `--set name={index.name}`",
                 )
-            say(f"{self._url}: continuing the run in it; {last}")
+            say(f"{self.url}: continuing the run in it; {last}")
         elif known is not None and known.run == index.run:
             raise UsageError(
-                f"{self._url} is ahead of {self._folder}: {last}",
+                f"{self.url} is ahead of {self._folder}: {last}",
                 hint=f"move {self._folder} away and run the same command again, which downloads what is there",
             )
         else:
             raise UsageError(
-                f"{self._url} has another run than {self._folder}; {last}",
+                f"{self.url} has another run than {self._folder}; {last}",
                 hint="use another URL, or continue that run with another --run-dir",
             )
 
@@ -124,7 +125,7 @@ class RemoteCopy:
         if self._failure is not None:
             raise self._failure
         try:
-            is_whole = self._uploader.upload(lambda total: transfer_bar(f"uploading to {self._url}", total))
+            is_whole = self._uploader.upload(lambda total: transfer_bar(f"uploading to {self.url}", total))
         except FAILURES as error:
             hint = f"{error.hint}; then " if isinstance(error, RLHFError) and error.hint is not None else ""
             raise StorageError(
@@ -133,7 +134,7 @@ class RemoteCopy:
             ) from error
         if not is_whole:
             raise StorageError(
-                f"the remote copy {self._url} is behind {self._folder}, whose files kept changing",
+                f"the remote copy {self.url} is behind {self._folder}, whose files kept changing",
                 hint="run the same command again, which uploads what is missing",
             )
 
@@ -141,7 +142,7 @@ class RemoteCopy:
         """Wait until the thread has uploaded what it has begun to."""
         assert self._thread is not None
         left = self._left
-        with transfer_bar(f"uploading to {self._url}", left) as moved, working(f"uploading to {self._url} ..."):
+        with transfer_bar(f"uploading to {self.url}", left) as moved, working(f"uploading to {self.url} ..."):
             while self._thread.is_alive():
                 self._thread.join(0.2)
                 moved(left - (left := min(self._left, left)))
@@ -156,6 +157,8 @@ class RemoteCopy:
                 pause = min(POLL * 2**failures, _LONGEST_PAUSE)
                 hint = f" ({error.hint})" if isinstance(error, RLHFError) and error.hint is not None else ""
                 again = f"the run goes on; trying again in {pause:.0f} s"
+                if self._closing.is_set():
+                    again = "trying once more before this ends"
                 warn(f"the remote copy is behind: {error}{hint}; {again}")
             except RunInUseError as error:
                 self._failure = error
@@ -169,7 +172,7 @@ class RemoteCopy:
                 return
             else:
                 if failures and is_whole:
-                    say(f"the remote copy {self._url} is up to date again")
+                    say(f"the remote copy {self.url} is up to date again")
                     failures = 0
                 pause = POLL
 

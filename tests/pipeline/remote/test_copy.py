@@ -6,6 +6,8 @@ import errno
 import re
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from rlhf_cli.pipeline.remote import upload
 from rlhf_cli.pipeline.remote.attach import remote_copy
 from rlhf_cli.pipeline.remote.copy import RemoteCopy
 from rlhf_cli.pipeline.remote.index import INDEX
+from rlhf_cli.pipeline.remote.upload import Bar, Uploader
 from rlhf_cli.storage import Storage
 from tests.pipeline.remote.faulty_storage import URL, content, copied, folder_with, index, keys, stored, wait_until
 from tests.pipeline.toy import Toy
@@ -90,6 +93,33 @@ def test_the_run_goes_on_while_uploads_fail(tmp_path: Path, faulty, capsys):
         faulty.always.clear()
         wait_until(lambda: "is up to date again" in capsys.readouterr().err)
         assert stored() == {"sft/weights": b"first"}
+
+
+def test_an_interrupted_run_says_what_it_waits_for(tmp_path: Path, monkeypatch, capsys):
+    folder = folder_with(tmp_path, sft__weights="first")
+    begun, uploads = threading.Event(), Uploader.upload
+
+    def upload_fails_late(self: Uploader, bar: Bar) -> bool:
+        monkeypatch.setattr(Uploader, "upload", uploads)
+        begun.set()
+        time.sleep(0.5)  # until the copy is closing
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(Uploader, "upload", upload_fails_late)
+
+    def run() -> None:
+        with remote_copy(URL, folder, "toy") as copy:
+            assert copy is not None
+            copy.start()
+            begun.wait(20)
+            raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run()
+    said = capsys.readouterr().err
+    assert f"uploading what is new to {URL} before this ends; another signal ends it at once" in said
+    assert "the remote copy is behind: connection reset; trying once more before this ends" in said
+    assert stored() == {"sft/weights": b"first"}
 
 
 def test_a_machine_that_was_replaced_stops(tmp_path: Path, capsys):
