@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event, Thread
 
 from rlhf_cli.console import working
 
@@ -18,19 +19,25 @@ class BackgroundLoading:
     """
 
     def __init__(self, parts: Sequence[tuple[str, Callable[[], object]]]) -> None:
-        self._pool = ThreadPoolExecutor(1, "loading")
-        self._parts = [(name, self._pool.submit(load)) for name, load in parts]
+        self._parts = [(name, load, Event()) for name, load in parts]
+        self._is_closed = False
+        # A daemon: the command ends without Python's teardown, in which torch aborts while a thread runs it.
+        Thread(target=self._load, name="loading", daemon=True).start()
+
+    def _load(self) -> None:
+        for _, load, has_ended in self._parts:
+            if not self._is_closed:
+                with contextlib.suppress(Exception):  # see the class
+                    load()
+            has_ended.set()
 
     def wait(self) -> None:
         """Wait for all, with a spinner that names the one that is being loaded."""
-        for name, future in self._parts:
-            if not future.done():
+        for name, _, has_ended in self._parts:
+            if not has_ended.is_set():
                 with working(f"loading {name} ..."):
-                    wait([future])
+                    has_ended.wait()
 
     def close(self) -> None:
-        """Load no more. What is being loaded is waited for: torch aborts a process that ends while a thread runs it."""
-        for _, future in self._parts:
-            future.cancel()
-        self.wait()
-        self._pool.shutdown()
+        """Load no more, without waiting for what is being loaded: the process is about to end."""
+        self._is_closed = True

@@ -14,7 +14,12 @@ def entry() -> NoReturn:
 
     After Ctrl-C, a person waits for that second. What was registered with `atexit` runs as usual.
     """
-    code = main()
+    try:
+        code = main()
+    except SystemExit as left:  # after SIGTERM or SIGHUP, see `echo.leaving_on_signals`
+        if not isinstance(left.code, int):
+            raise
+        code = left.code
     is_alone = all(one is threading.main_thread() or one.daemon for one in threading.enumerate())
     if "torch" in sys.modules and is_alone:
         from rlhf_cli.distributed.process_group import exit_without_teardown

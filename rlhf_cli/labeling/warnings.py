@@ -81,5 +81,5 @@ def doubtful_warnings(folder: Path) -> list[LabelWarning]:
 
 
 def _read(row: dict[str, Any]) -> LabelWarning:
-    complete = {"is_doubt": True} | row  # files of earlier versions lack it: better shown than hidden
+    complete: dict[str, Any] = {"is_doubt": True} | row  # files of earlier versions lack it: better shown than hidden
     return LabelWarning(**{part.name: complete[part.name] for part in fields(LabelWarning)})

@@ -45,6 +45,9 @@ _COMPUTE = "compute_sharded"
 """Method of a sharded model that calls a function between the hooks that gather and drop its weights."""
 _IS_GATHERED = "is_gathered"
 """Attribute of a sharded model: whether it is in the context of `gathered`."""
+_STEPS_TOGETHER = "_is_fsdp_managed_module"
+"""Attribute that `fully_shard` sets: while it is true, `generate` of transformers exchanges a message for each token.
+A process that calls it alone, for a task of lm-eval, would wait for the others forever."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -196,11 +199,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     setattr(model, _IS_GATHERED, True)
+    setattr(model, _STEPS_TOGETHER, False)
     try:
         with torch.no_grad():
             yield
     finally:
         setattr(model, _IS_GATHERED, False)
+        setattr(model, _STEPS_TOGETHER, True)
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()

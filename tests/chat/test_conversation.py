@@ -206,8 +206,8 @@ def test_models_are_loaded_before_the_first_question(models, monkeypatch):
     conversation = Conversation(replace(models, reward=models.models[0].policy.source))
     with conversation.loading_models():
         replies = list(conversation.ask("Hello", ignore))
-    assert used[:3] == ["loading_0", "loading_0", "MainThread"], "one after the other, beside the person's thread"
-    assert loaded_by == ["loading_0"]
+    assert used[:3] == ["loading", "loading", "MainThread"], "one after the other, beside the person's thread"
+    assert loaded_by == ["loading"]
     assert [reply.reward for reply in replies] == [0.5, 0.5]
 
 
@@ -220,22 +220,27 @@ def test_a_load_that_fails_is_tried_again_where_its_error_is_seen(models, monkey
             with pytest.raises(DataError, match="no memory"):
                 list(conversation.ask("Hello", ignore))
         assert len(list(conversation.ask("Hello", ignore))) == 1
-    assert used[:2] == ["loading_0", "MainThread"]
+    assert used[:2] == ["loading", "MainThread"]
 
 
 def test_a_chat_that_ends_loads_no_more():
+    """It does not wait for what is being loaded, in a thread that does not keep the process."""
     begun, is_open = threading.Event(), threading.Event()
-    loaded = []
+    loaded, threads = [], []
 
     def load(name: str) -> None:
+        threads.append(threading.current_thread())
         begun.set()
         is_open.wait()
         loaded.append(name)
 
     loading = BackgroundLoading([(name, partial(load, name)) for name in ("base", "ppo")])
     begun.wait()
-    threading.Timer(0.2, is_open.set).start()
     loading.close()
+    assert loaded == []
+    assert threads[0].daemon
+    is_open.set()
+    loading.wait()
     assert loaded == ["base"], "it was being loaded"
 
 

@@ -21,6 +21,8 @@ atexit.register(print, "exit function", flush=True)
 cli.main = lambda: 7
 """
 TORCH = "sys.modules['torch'] = types.ModuleType('torch')\n"
+DAEMON = "threading.Thread(target=lambda: __import__('time').sleep(60), daemon=True).start()\n"
+STOPPED = "def main(): sys.exit(7)\ncli.main = main\n"
 THREAD = "threading.Thread(target=lambda: None if not noticed else __import__('time').sleep(0.3)).start()\n"
 
 
@@ -28,10 +30,11 @@ THREAD = "threading.Thread(target=lambda: None if not noticed else __import__('t
     ("before", "said"),
     [
         (TORCH, ["exit function"]),
+        (TORCH + DAEMON + STOPPED, ["exit function"]),
         ("", ["exit function", "teardown"]),
         (TORCH + THREAD, ["exit function", "teardown"]),
     ],
-    ids=["torch", "no torch", "a thread that works"],
+    ids=["torch", "a signal while a model is loaded", "no torch", "a thread that works"],
 )
 def test_the_process_ends_without_teardown_once_torch_is_loaded(before, said):
     found = subprocess.run([sys.executable, "-c", COMMAND + before + "cli.entry()"], capture_output=True, text=True)
