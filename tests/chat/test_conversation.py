@@ -223,6 +223,19 @@ def test_a_load_that_fails_is_tried_again_where_its_error_is_seen(models, monkey
     assert used[:2] == ["loading", "MainThread"]
 
 
+def test_a_load_that_panics_is_not_waited_for_forever():
+    def panic() -> None:
+        raise BaseException("panic in Rust")
+
+    loaded = threading.Event()
+    loading = BackgroundLoading([("base", panic), ("ppo", loaded.set)])
+    waiting = threading.Thread(target=loading.wait, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert loaded.is_set()
+
+
 def test_a_chat_that_ends_loads_no_more():
     """It does not wait for what is being loaded, in a thread that does not keep the process."""
     begun, is_open = threading.Event(), threading.Event()

@@ -25,8 +25,8 @@ _HIDDEN = re.compile(r"\.[a-z-]+\.(work|last|began\.json)")
 """Hidden entries of a run directory that are copied; others are of one process or one machine."""
 _PASSING = re.compile(r".*(\.tmp|\.partial|\.old|\.sqlite-\w+)")
 """Names that are there while something is written."""
-_GROWING = (".jsonl", ".txt", ".sqlite")
-"""Ends of names of files that are extended in place; others are replaced as a whole."""
+_GROWING = re.compile(r".*(\.jsonl|\.txt|\.sqlite|\.tfevents\.[^/]*)")
+"""Files that are extended in place, those of TensorBoard among them; others are replaced as a whole."""
 _SMALL = 16 << 20
 """Bytes up to which a file is kept in memory."""
 IN_MEMORY = 256 << 20
@@ -174,6 +174,6 @@ def has_changed(before: Mapping[str, Seen], after: Mapping[str, Seen]) -> bool:
     """Whether files came, went or were replaced between two listings; a new file can get the inode of a deleted one."""
 
     def identities(found: Mapping[str, Seen]) -> dict[str, object]:
-        return {path: seen.inode if path.endswith(_GROWING) else seen.state for path, seen in found.items()}
+        return {path: seen.inode if _GROWING.fullmatch(path) else seen.state for path, seen in found.items()}
 
     return identities(before) != identities(after)

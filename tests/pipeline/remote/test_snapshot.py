@@ -94,17 +94,18 @@ def test_what_takes_long_to_upload_is_uploaded_less_often(tmp_path: Path, monkey
         assert uploader.is_due()
 
 
-def test_a_snapshot_has_what_a_growing_file_had(tmp_path: Path, monkeypatch):
-    folder = folder_with(tmp_path, **{"a.jsonl": "one\n", "b.jsonl": "two\n"})
+@pytest.mark.parametrize("growing", ["b.jsonl", "tracking/ppo/events.out.tfevents.17.host.1.0"])
+def test_a_snapshot_has_what_a_growing_file_had(tmp_path: Path, growing: str):
+    folder = folder_with(tmp_path, **{"a.jsonl": "one\n", growing: "two\n"})
     seen = scan(folder)
 
     def grows(path, one):
-        append(folder / "b.jsonl", b"more\n")
+        append(folder / growing, b"more\n")
         return False
 
     found = take(folder, folder / ".remote.links", grows)
     assert found is not None
-    assert {path: one.content for path, one in found[1].items()} == {"a.jsonl": b"one\n", "b.jsonl": b"two\n"}
+    assert {path: one.content for path, one in found[1].items()} == {"a.jsonl": b"one\n", growing: b"two\n"}
     assert found[0] == seen
 
 
