@@ -117,7 +117,7 @@ def test_a_page_that_is_stopped_says_how(answers, tmp_path, signum, code):
     assert process.stdout.read() == ""
 
 
-def test_storage_that_is_away_when_the_page_closes_keeps_no_ranking_from_being_written(
+def test_a_copy_that_is_behind_when_the_page_closes_is_a_warning_and_the_stage_goes_on(
     rlhf, answers, tmp_path, monkeypatch, capsys
 ):
     run, far = tmp_path / "run", tmp_path / "far"
