@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.data.records import seed_for
+from rlhf_cli.errors import Interrupted
 from rlhf_cli.generation.generator import Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource
+from tests.stops import StopAtCheck
 
 pytestmark = pytest.mark.slow
 
@@ -193,6 +195,9 @@ def test_a_generator(extended, tiny_llama: Path):
         lengths += [(len(one.ids), len(other.ids)) for one, other in zip(kept, drawn, strict=True)]
     assert all(one <= other for one, other in lengths)
     assert any(one < other for one, other in lengths)
+    stop = StopAtCheck(3)
+    with pytest.raises(Interrupted):
+        shorter.generate(policy, requests, stop=stop.check)
 
 
 def test_an_attention_backend(extended):

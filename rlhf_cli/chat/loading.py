@@ -27,7 +27,7 @@ class BackgroundLoading:
     def _load(self) -> None:
         for _, load, has_ended in self._parts:
             if not self._is_closed:
-                with contextlib.suppress(BaseException):  # see the class; a panic of tokenizers is no Exception
+                with contextlib.suppress(BaseException):  # see the class; a panic of tokenizers is not an Exception
                     load()
             has_ended.set()
 

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rlhf_cli.distributed.ranks import rank, world_size
@@ -104,6 +104,7 @@ class ProcessGroup:
         return _Collectives(self._device, self._group)
 
 
+@cache  # a group and its connections last as long as the process
 def _group(size: int) -> Any:
     """Return torch's group of `size` consecutive processes that has this one, for tensors on the CPU."""
     import torch.distributed as distributed

@@ -79,7 +79,8 @@ class Generator(Protocol):
             policy: the model that writes, with its stop tokens and sampling settings.
             requests: N requests, in any order; possibly none, where others share the work.
             progress: called after every token of the batch, with what was drawn since the last call.
-            stop: called after every token; may raise, and then the batch is lost.
+            stop: every generator has to call it often, best after every token, since nothing else stops sampling
+                between two chunks; may raise, and then the batch is lost.
 
         Returns:
             N completions, in the order of `requests`.

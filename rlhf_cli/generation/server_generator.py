@@ -21,6 +21,7 @@ from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_draw import Draw, Drawn, PendingDraw
+from rlhf_cli.generation.vllm_engine import shape_of
 from rlhf_cli.generation.vllm_server import LostError, VLLMServer
 from rlhf_cli.models.gathering import GatheredItems
 from rlhf_cli.models.loading import context_length
@@ -42,7 +43,7 @@ class VLLMServerGenerator:
 
     Args:
         settings: section `generation` of the recipe, with `vllm_server`.
-        policy: of the stage; others that it draws from have the same shape.
+        policy: of the stage, whose architecture and size the server has.
         longest_prompt: in tokens.
 
     Attributes:
@@ -58,6 +59,7 @@ class VLLMServerGenerator:
             patience=settings.server_timeout,
         )
         self._processes = ProcessGroup(policy.source.device)
+        self._shape = shape_of(policy.config, policy.source.precision)
         self._longest_prompt, self.version = longest_prompt, ""
         self._holds: Callable[[], object] = lambda: None
         self._pending: PendingDraw | None = None
@@ -153,6 +155,11 @@ class VLLMServerGenerator:
             raise ModelError(
                 "a prompt has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
+            )
+        if shape_of(policy.config, policy.source.precision) != self._shape:
+            raise ModelError(
+                f"the vllm server at {self._server.url} has a model of another architecture or size than "
+                f"`{policy.source.path}`"
             )
         jointly = jointly or policy.may_change or policy.is_sharded or self._processes.count == 1
         drawn: list[Drawn] | None = None

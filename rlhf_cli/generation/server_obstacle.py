@@ -16,7 +16,7 @@ CLIENT = "1.16"
 
 def server_obstacle(policies: Sequence[Policy]) -> Obstacle | None:
     """Return why a vLLM server cannot draw the completions of a stage's policies; None if it can, as far as is known
-    without it."""
+    without it and without their weights."""
     version, fix = client_version(), f"install it with `pip install 'trl=={CLIENT}.*' requests`"
     if version is None:
         return Obstacle("trl, whose client of vllm's server is used, is not installed", fix)

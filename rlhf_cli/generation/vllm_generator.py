@@ -54,7 +54,7 @@ class Obstacle:
 
 def obstacle_of_size(policy: Policy, settings: GenerationSettings) -> Obstacle | None:
     """Return why a policy cannot be divided as the settings say, or vLLM's share of the device's memory cannot hold its
-    weights; None if nothing speaks against it.
+    weights; None if nothing speaks against it. Loads the weights.
 
     The processes of an engine have whole weights together, also those of a sharded policy.
     """
@@ -76,8 +76,8 @@ def obstacle_of_size(policy: Policy, settings: GenerationSettings) -> Obstacle |
 
 
 def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
-    """Return why vLLM cannot draw the completions of a stage's policies here; None if it can, as far as is known before
-    it runs. Loads the weights of the first policy alone, and only if nothing else speaks against vLLM."""
+    """Return why vLLM cannot draw the completions of a stage's policies here; None if it can, as far as is known
+    without their weights."""
     policy, version = policies[0], installed_version()
     if policy.source.device.type != "cuda":
         return Obstacle(f"the device is `{policy.source.device.type}`, and vllm is supported on CUDA only")
@@ -96,11 +96,19 @@ def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
         return Obstacle(f"vllm samples at a temperature of {_LOWEST_TEMPERATURE:g} or more")
     if len({shape_of(one.config, one.source.precision) for one in policies}) > 1:
         return Obstacle("the models differ in their architecture or size, and an engine holds one model")
+    return None
+
+
+def obstacle_of_weights(policy: Policy) -> Obstacle | None:
+    """Return why vLLM cannot take the weights of a policy for which `obstacle` found nothing; None if it can.
+
+    Loads the weights, those of a sharded policy in all processes together.
+    """
     with policy.model() as model:
         if quantized(model) != "none":
             return Obstacle("the policy's weights are quantized, and quantized weights cannot be handed to vllm")
         if not has_architecture(name := class_of(model).__name__):
-            return Obstacle(f"vllm {version} has no implementation of {name}")
+            return Obstacle(f"vllm {installed_version()} has no implementation of {name}")
     return None
 
 

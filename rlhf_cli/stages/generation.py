@@ -6,7 +6,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -22,6 +22,7 @@ from rlhf_cli.stages.inputs import Input
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
     from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.generation.vllm_generator import Obstacle
 
 
 def choose_generator(
@@ -117,15 +118,21 @@ def _chosen(
     if settings.vllm_server is not None:
         return _server(context, policies, processes)
     from rlhf_cli.generation.vllm_engine import installed_version
-    from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle, obstacle_of_size
+    from rlhf_cli.generation.vllm_generator import (
+        Obstacle,
+        VLLMGenerator,
+        obstacle,
+        obstacle_of_size,
+        obstacle_of_weights,
+    )
 
-    found = obstacle(policies) or obstacle_of_size(policies[0], settings)
-    if processes.any(found is not None):
-        found = found or Obstacle("another process cannot use vllm")
-    else:
+    first = policies[0]
+    of_weights = (lambda: obstacle_of_weights(first), lambda: obstacle_of_size(first, settings))
+    found = _first_obstacle(processes, lambda: obstacle(policies), *of_weights)
+    if found is None:
         generator = VLLMGenerator(settings, longest_prompt=context.recipe.data.max_prompt_tokens)
         try:
-            generator.start(policies[0])
+            generator.start(first)
             return generator, f"vllm {installed_version()}", ""
         except ModelError as error:
             if asked == "vllm" or processes.count > 1:  # the others may wait for this one
@@ -138,17 +145,32 @@ def _chosen(
     return TorchGenerator(), "torch", found.reason
 
 
+def _first_obstacle(processes: ProcessGroup, *checks: Callable[[], Obstacle | None]) -> Obstacle | None:
+    """Return what the first check finds that finds something, in this process or in another; None if none does.
+
+    A check may load weights that the processes divide, so all of them make it, or none.
+    """
+    from rlhf_cli.generation.vllm_generator import Obstacle
+
+    for check in checks:
+        found = check()
+        told = processes.all_gather_object(None if found is None else [found.reason, found.fix])
+        for number, other in enumerate(told):
+            if other is not None:
+                return found or Obstacle(f"in process {number} {other[0]}", other[1])
+    return None
+
+
 def _server(
     context: StageContext[Any, Any], policies: Sequence[Policy], processes: ProcessGroup
 ) -> tuple[Generator, str, str]:
     """Return the generator of `generation.vllm_server`, its name and where it is."""
     from rlhf_cli.generation.server_obstacle import server_obstacle
+    from rlhf_cli.generation.vllm_generator import obstacle_of_weights
 
     settings = context.recipe.generation
-    found = server_obstacle(policies)
-    if processes.any(found is not None):
-        if found is None:
-            raise ModelError("`generation.vllm_server`: another process cannot use it")
+    found = _first_obstacle(processes, lambda: server_obstacle(policies), lambda: obstacle_of_weights(policies[0]))
+    if found is not None:
         raise ModelError(f"`generation.vllm_server`: {found.reason}", hint=found.fix)
     from rlhf_cli.generation.server_generator import VLLMServerGenerator
 

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 
 from rlhf_cli.distributed.process_group import ProcessGroup, leave
 
 
 def main(folder: str, size: str) -> None:
+    make, made = distributed.new_subgroups, []
+    distributed.new_subgroups = lambda *given, **named: made.append(given) or make(*given, **named)
     everyone, group = ProcessGroup(), ProcessGroup(size=int(size))
     total = torch.tensor([2.0**everyone.index])
     group.all_reduce([total])
@@ -23,6 +26,8 @@ def main(folder: str, size: str) -> None:
         "gathered": group.all_gather_object("x" * everyone.index),
         "sum": total.item(),
         "mapped": group.map([*range(5)], lambda own: [10 * everyone.index + one for one in own]),
+        "again": ProcessGroup(size=int(size)).all_gather_object(everyone.index),
+        "made": len(made),
         "everyone": everyone.all_gather_object(everyone.index),
     }
     (Path(folder) / f"{size}-{everyone.index}.json").write_text(json.dumps(found))

@@ -25,5 +25,7 @@ def test_a_group_of_consecutive_processes_exchanges_among_itself_alone(count: in
             "gathered": ["x" * member for member in group],
             "sum": sum(2**member for member in group),
             "mapped": [10 * (first + number % size) + number for number in range(5)],
+            "again": [*group],
+            "made": 1,
             "everyone": [*range(count)],
         }

@@ -17,7 +17,7 @@ from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
-from rlhf_cli.generation.vllm_generator import VLLMGenerator, obstacle, obstacle_of_size
+from rlhf_cli.generation.vllm_generator import VLLMGenerator, obstacle, obstacle_of_size, obstacle_of_weights
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.settings.shared import GenerationSettings, LoraSettings
@@ -346,9 +346,9 @@ def test_another_version_of_vllm_is_not_used(version, reason, fix, vllm, tiny_ll
 def test_models_that_vllm_does_not_have(vllm, tiny_t5, tiny_llama, monkeypatch):
     assert "encoder-decoder" in obstacle([on_cuda(tiny_t5)]).reason
     monkeypatch.setattr("tests.generation.vllm_stand_in.ModelRegistry.get_supported_archs", staticmethod(set))
-    assert "no implementation of LlamaForCausalLM" in obstacle([on_cuda(tiny_llama)]).reason
+    assert "no implementation of LlamaForCausalLM" in obstacle_of_weights(policy_at(tiny_llama)).reason
     monkeypatch.setattr("rlhf_cli.generation.vllm_generator.quantized", lambda model: "4bit")
-    assert "quantized" in obstacle([on_cuda(tiny_llama)]).reason
+    assert "quantized" in obstacle_of_weights(policy_at(tiny_llama)).reason
 
 
 def test_a_policy_that_is_too_large_for_vllms_share_or_cannot_be_divided(vllm, tiny_llama, monkeypatch):

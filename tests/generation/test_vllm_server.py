@@ -104,6 +104,16 @@ def test_a_policy_that_does_not_train_sends_its_weights_once(server_of, tiny_lla
     assert server.paths.count("/start_weight_update") == 3
 
 
+def test_weights_of_another_shape_are_not_sent(server_of, tiny_llama, tiny_gpt2):
+    server, policy = server_of(tiny_llama), policy_at(tiny_llama)
+    draws = generator(server, policy)
+    draws.start(policy)
+    server.paths.clear()
+    with pytest.raises(ModelError, match="has a model of another architecture or size than"):
+        draws.generate(policy_at(tiny_gpt2), REQUESTS)
+    assert server.paths == []
+
+
 def test_the_active_adapter_is_merged(server_of, tiny_llama):
     adapters = MultiAdapterModel(load_policy(ModelSource(str(tiny_llama))))
     adapters.add("policy", LoraSettings(rank=4, alpha=8.0))

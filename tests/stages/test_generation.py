@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Generator
 from rlhf_cli.generation.policy import Policy
@@ -64,6 +65,32 @@ def verbose():
     set_verbosity(Verbosity.VERBOSE)
     yield
     set_verbosity(Verbosity.NORMAL)
+
+
+@pytest.mark.parametrize(("engine", "checks"), [("auto", 0), ("auto", 2), ("vllm", 1), ("server", 0), ("server", 1)])
+def test_no_process_loads_weights_before_all_say_that_they_go_on(
+    engine, checks, vllm, usable, tiny_llama, tmp_path, monkeypatch
+):
+    """Process 1 finds nothing in the first checks, and then an obstacle. The second and the third load weights, which
+    the processes may have to load together."""
+    replies, events, load = [None, *[None] * checks, ["vllm is missing", "install it"]], [], Policy.model
+
+    def exchanged(processes: ProcessGroup, item: object) -> list[object]:
+        events.append("asks")
+        return [item, replies.pop(0)]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ProcessGroup, "all_gather_object", exchanged)
+    monkeypatch.setattr(Policy, "model", lambda policy: events.append("loads") or load(policy))
+    monkeypatch.setattr("rlhf_cli.generation.server_obstacle.server_obstacle", lambda policies: None)
+    server = "http://localhost:8000" if engine == "server" else None
+    if engine == "auto":
+        assert isinstance(choose(tmp_path, tiny_llama, engine), TorchGenerator)
+    else:
+        with pytest.raises(ModelError, match="in process 1 vllm is missing") as caught:
+            choose(tmp_path, tiny_llama, "vllm" if server is None else "auto", server=server)
+        assert caught.value.hint == "install it"
+    assert events == ["asks", "asks", *["loads", "asks"] * checks], "first what drew before an interruption"
 
 
 def test_what_everybody_expects_is_a_detail(tiny_llama, tmp_path, capsys):

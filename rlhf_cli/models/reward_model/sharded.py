@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rlhf_cli.distributed.agreement import agreed
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.loading import ModelSource, recompute_activations
 from rlhf_cli.models.reward_model.classifier import check_has_head, head_parameters, open_classifier
@@ -25,7 +27,7 @@ from rlhf_cli.models.reward_model.loading import (
 )
 from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.seeding import seeded
-from rlhf_cli.models.sharded_loading import NotShardedError
+from rlhf_cli.models.sharded_loading import NotShardedError, UnreadModel
 from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings
 
@@ -46,7 +48,8 @@ def new_sharded_reward_model(
     """
     refuse_adapter_as_start(source.path, read_reward_config(source.folder))
     with seeded(seed, source.device):
-        classifier, unread = open_classifier(source, dtype=None if lora else torch.float32)
+        dtype = None if lora else torch.float32
+        classifier, unread = agreed(lambda: open_classifier(source, dtype=dtype), ProcessGroup(source.device))
         if lora is not None:
             add_reward_adapter(classifier, lora)
     unread.read(rounds=lora is None)
@@ -74,8 +77,16 @@ def load_sharded_reward_model(source: ModelSource, *, template: str | None) -> R
     """Load the reward model of `load_reward_model` whose weights are divided among the processes; all call this.
 
     Raises:
-        ModelError: see `load_reward_model` and `open_classifier`.
+        ModelError: see `load_reward_model` and `open_classifier`; raised in all processes.
     """
+    reward_model, unread = agreed(lambda: _opened(source, template), ProcessGroup(source.device))
+    reward_model.requires_grad_(False).eval()
+    unread.read()
+    return reward_model
+
+
+def _opened(source: ModelSource, template: str | None) -> tuple[RewardModel, UnreadModel]:
+    """Return a reward model with what reads its weights."""
     folder, config = source.folder, read_reward_config(source.folder)
     base = source
     if config is not None and config.adapter:
@@ -90,6 +101,4 @@ def load_sharded_reward_model(source: ModelSource, *, template: str | None) -> R
         load_head(reward_model, folder)
         own = head_parameters(model, is_encoder=False)  # that of the base, if it has one, is another
         unread = replace(unread, stored={name: value for name, value in unread.stored.items() if name not in own})
-    reward_model.requires_grad_(False).eval()
-    unread.read()
-    return reward_model
+    return reward_model, unread

@@ -57,12 +57,13 @@ def _sampled(sampler: Sampler, of: Policy, rows: Sequence[int]) -> tuple[Policy,
         agreed(lambda: found.append(base_policy(sampler.context, of)), sampler.processes)
         if (policy := found[0]) is None:
             return None
-        completions = _drawn(sampler, policy, rows)
+        try:
+            return policy, _drawn(sampler, policy, rows)
+        finally:
+            policy.release()
     except ModelError as error:
         warn(f"completions of the base model are not shown: {error.message}")
         return None
-    policy.release()
-    return policy, completions
 
 
 def _drawn(sampler: Sampler, policy: Policy, rows: Sequence[int]) -> list[Completion]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -22,11 +23,12 @@ from rlhf_cli.models.loading import ModelSource, context_length, load_config, lo
 from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
-from rlhf_cli.models.sharded_loading import NotShardedError, open_model
+from rlhf_cli.models.sharded_loading import NotShardedError, UnreadModel, open_model
 from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
-from rlhf_cli.stages.ppo.critic_files import CriticConfig, Head, load_value_head, read_critic_config
+from rlhf_cli.stages.ppo.critic_files import CriticConfig, load_value_head, read_critic_config
 
+T = TypeVar("T")
 _SEPARATE = "make the critic a separate model: `--set ppo.critic=separate`"
 
 
@@ -54,7 +56,7 @@ def _is_same_model(source: ModelSource, base: str | None, revision: str | None) 
     return base == own and revision in (None, commit)
 
 
-def adapter_from_reward(source: ModelSource, reward_path: str | None) -> AdapterStart:
+def adapter_from_reward(source: ModelSource, reward_path: str | None, *, is_sharded: bool = False) -> AdapterStart:
     """Start from the reward model's adapter and head.
 
     Raises:
@@ -65,10 +67,11 @@ def adapter_from_reward(source: ModelSource, reward_path: str | None) -> Adapter
     if (config := shared_reward_config(source, reward_path)) is None:
         raise DoesNotFit(f"`{reward_path}` is not an adapter on `{source.path}`, which the policy starts from")
     given = source.at(reward_path)
-    return AdapterStart(given.folder / ADAPTER_FOLDER, load_reward_head(given, config))
+    head = _in_all(lambda: load_reward_head(given, config), is_sharded=is_sharded)
+    return AdapterStart(given.folder / ADAPTER_FOLDER, head)
 
 
-def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
+def adapter_from_folder(source: ModelSource, folder: Path, *, is_sharded: bool = False) -> AdapterStart:
     """Start from a saved critic that is an adapter on the policy's backbone.
 
     Raises:
@@ -86,10 +89,10 @@ def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
             hint=_SEPARATE,
         )
     config.check_base(folder)
-    return AdapterStart(folder, load_value_head(folder))
+    return AdapterStart(folder, _in_all(lambda: load_value_head(folder), is_sharded=is_sharded))
 
 
-def head_from_folder(folder: Path) -> HeadStart:
+def head_from_folder(folder: Path, *, is_sharded: bool = False) -> HeadStart:
     """Start from a saved critic that is a head on its policy's hidden states.
 
     Raises:
@@ -101,7 +104,7 @@ def head_from_folder(folder: Path) -> HeadStart:
             "has only a head on the policy's hidden states",
             hint="`--set ppo.critic=separate`",
         )
-    return HeadStart(load_value_head(folder))
+    return HeadStart(_in_all(lambda: load_value_head(folder), is_sharded=is_sharded))
 
 
 def _refuse_head(config: CriticConfig, folder: Path) -> None:
@@ -188,8 +191,8 @@ def model_from_folder(
     return FullCritic(model, head)
 
 
-def _in_all(read: Callable[[], Head], *, is_sharded: bool) -> Head:
-    """Read a head; where all processes go on to read shards together, an error of one ends all."""
+def _in_all(read: Callable[[], T], *, is_sharded: bool) -> T:
+    """Read files; where all processes go on to read shards together, an error of one ends all."""
     return agreed(read, ProcessGroup() if is_sharded else None)
 
 
@@ -212,9 +215,14 @@ def _load_backbone(source: ModelSource, adapter: Path | None = None, *, is_shard
             load_adapter(model, adapter)
             merge_lora(model)
         return model
-    unread = open_model(AutoModel, source, load_config(source))
-    if adapter is not None:
-        load_adapter(unread.model, adapter)
+
+    def opened() -> UnreadModel:
+        unread = open_model(AutoModel, source, load_config(source))
+        if adapter is not None:
+            load_adapter(unread.model, adapter)
+        return unread
+
+    unread = _in_all(opened, is_sharded=True)
     unread.model.requires_grad_(True)  # which weights are trained must not change after they are divided
     return unread.read(rounds=True, merges=adapter is not None)
 

@@ -205,12 +205,13 @@ def _critic(
     if settings.critic == "head":
         if start in ("auto", "policy"):
             return HeadStart(), "the critic's head predicts 0"
-        return critic_start.head_from_folder(Path(start)), f"the critic starts from {start}"
+        head = critic_start.head_from_folder(Path(start), is_sharded=is_sharded)
+        return head, f"the critic starts from {start}"
     fallback_reason = ""
     if start in ("auto", "reward-model"):
         try:
             if is_adapter:
-                critic = critic_start.adapter_from_reward(source, reward_path)
+                critic = critic_start.adapter_from_reward(source, reward_path, is_sharded=is_sharded)
             else:
                 critic = critic_start.model_from_reward(
                     source, policy, reward_path, longest=longest, is_sharded=is_sharded
@@ -241,7 +242,7 @@ def _saved_critic(
 ) -> AdapterStart | FullCritic:
     folder = Path(settings.critic_from)
     if settings.critic_is_adapter:
-        return critic_start.adapter_from_folder(source, folder)
+        return critic_start.adapter_from_folder(source, folder, is_sharded=is_sharded)
     try:
         return critic_start.model_from_folder(source, policy, folder, longest=longest, is_sharded=is_sharded)
     except DoesNotFit as reason:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_cli.data.records import seed_for
 from rlhf_cli.data.splits import Split
-from rlhf_cli.errors import DataError, Interrupted
+from rlhf_cli.errors import DataError, Interrupted, ModelError
 from rlhf_cli.generation.generator import Completion, Request, ignore
 from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.policy import Policy
@@ -250,6 +250,27 @@ def test_the_base_model_completes_the_prompts_that_are_shown(tiny_llama, lover_o
     )
     assert all(row["base_score"] == row["base"].count("a") for row in with_base)
     assert capsys.readouterr().err.count("base ") >= 3
+
+
+def test_a_base_that_cannot_be_drawn_from_is_released_with_a_warning(
+    tiny_llama, lover_of_a, prompts, judge, tmp_path, capsys, monkeypatch
+):
+    """As one of another size than the model that a vLLM engine or server holds."""
+    base = str(shutil.copytree(tiny_llama, tmp_path / "base"))
+    released, release, draw = [], Policy.release, TorchGenerator.generate
+
+    def refusing(generator: TorchGenerator, policy: Policy, *given: object, **named: object) -> list[Completion]:
+        if policy.source.path == base:
+            raise ModelError("another size")
+        return draw(generator, policy, *given, **named)
+
+    monkeypatch.setattr(TorchGenerator, "generate", refusing)
+    monkeypatch.setattr(Policy, "release", lambda policy: released.append(policy.source.path) or release(policy))
+    context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge, shown_samples=3)
+    context = dataclasses.replace(context, inputs=dataclasses.replace(context.inputs, base=Input("model", base)))
+    evaluate.run(context)
+    assert base in released
+    assert "completions of the base model are not shown: another size" in capsys.readouterr().err
 
 
 def test_a_built_base_is_made_again_from_the_seed(tmp_path):
