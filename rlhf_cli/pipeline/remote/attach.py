@@ -50,7 +50,7 @@ def _ending(copy: RemoteCopy, *, is_last: bool = True) -> Iterator[None]:
     except BaseException:  # a mistake in rlhf, or a second Ctrl-C
         copy.abandon()
         raise
-    if isinstance(failure, Interrupted):
+    if isinstance(failure, Interrupted) and not copy.has_ended:
         say(f"uploading what is new to {copy.url} before this ends; another signal ends it at once")
     try:
         copy.finish()

@@ -56,6 +56,11 @@ class RemoteCopy:
         """Where the copy is."""
         return self._storage.url
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is uploaded, for example because another machine has taken over."""
+        return self._failure is not None
+
     def begin(self) -> None:
         """Download what the copy has, unless it is of this run directory; then be the one who writes to it.
 

@@ -144,6 +144,7 @@ def test_a_machine_that_was_replaced_stops(tmp_path: Path, capsys):
 
     with pytest.raises(RunInUseError, match=f"{URL} was taken over by .*nothing more is uploaded from here"):
         lost()
+    assert "uploading what is new" not in capsys.readouterr().err
     assert stored()["ppo/weights"] == b"of two"
     with pytest.raises(UsageError, match=f"{URL} is ahead of {one}: .* wrote to it last, at 2"):
         copied(one)
