@@ -73,7 +73,7 @@ def _absolute(name: str) -> str:
 
 def _with_revision(name: str, revision: str | None) -> str:
     """Put the revision of a model on the hub into its name; raises `UsageError` if the name has another."""
-    if revision is None or Path(name).exists():
+    if revision is None or is_url(name) or Path(name).exists():
         return name
     model, _, named = name.partition("@")
     if named and named != revision:

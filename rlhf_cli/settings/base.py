@@ -114,8 +114,8 @@ def _check_source(value: Any) -> Any:
         if name is not None and is_url(name) and ("?" in name or has_password(name)):
             # The value is not repeated in the message: it may be signed.
             raise ValueError(
-                "expected a URL without a password or a query (`?...`), which signed URLs have and which would be "
-                "written to files; download what is there, for example with curl, and give its path"
+                "expected a URL without a password or a query (`?...`), since URLs are written to files; download what "
+                "a signed URL has, for example with curl, and give its path"
             )
     return value
 

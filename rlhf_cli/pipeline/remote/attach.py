@@ -51,7 +51,7 @@ def _ending(copy: RemoteCopy, *, is_last: bool = True) -> Iterator[None]:
         copy.abandon()
         raise
     if isinstance(failure, Interrupted) and not copy.has_ended:
-        say(f"uploading what is new to {copy.url} before this ends; another signal ends it at once")
+        say(f"uploading what is new to {copy.url} before this ends; Ctrl-C ends it at once")
     try:
         copy.finish()
     except StorageError as behind:

@@ -64,15 +64,24 @@ class RemoteCopy:
     def begin(self) -> None:
         """Download what the copy has, unless it is of this run directory; then be the one who writes to it.
 
+        Where the storage does not answer, a directory that has everything of the copy starts without it.
+
         Raises:
-            StorageError: the storage cannot be used.
+            StorageError: the storage cannot be used, and may have what this directory lacks.
             UsageError: the copy is of another run, or another machine has continued it.
         """
         with locked(self._folder):
-            with working(f"reading {self.url} ..."):
-                index, known = read_index(self._storage), read_record(self._folder)
+            known = read_record(self._folder)
             if known is not None and known.url != self.url:
                 known = None
+            try:
+                with working(f"reading {self.url} ..."):
+                    index = read_index(self._storage)
+            except StorageError as error:
+                if known is None or not known.is_whole or known.before is not None or not error.is_temporary:
+                    raise
+                warn(f"the remote copy cannot be read: {error}; the run goes on without it until it can")
+                return  # each upload looks whether another machine has taken over
             if index is None:
                 index = Index(new_id() if known is None else known.run, self._name, "")
             elif known is None or index.writer not in (known.writer, known.before):

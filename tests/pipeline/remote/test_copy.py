@@ -117,7 +117,7 @@ def test_an_interrupted_run_says_what_it_waits_for(tmp_path: Path, monkeypatch, 
     with pytest.raises(Interrupted):
         run()
     said = capsys.readouterr().err
-    assert f"uploading what is new to {URL} before this ends; another signal ends it at once" in said
+    assert f"uploading what is new to {URL} before this ends; Ctrl-C ends it at once" in said
     assert "the remote copy is behind: connection reset; trying once more before this ends" in said
     assert stored() == {"sft/weights": b"first"}
 

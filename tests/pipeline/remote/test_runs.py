@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli import storage
 from rlhf_cli.pipeline.remote.copy import RemoteCopy
 from rlhf_cli.pipeline.remote.index import INDEX, read_index
 from rlhf_cli.storage import Storage
@@ -94,6 +95,31 @@ def test_a_copy_that_stays_behind_is_said_at_once_and_at_the_end(toy: Toy, fault
     assert again.code == 0, again.stderr
     assert toy.ran() == []
     assert "sft/model.safetensors" in stored()
+
+
+def test_a_directory_that_has_all_of_the_copy_runs_while_the_storage_does_not_answer(
+    toy: Toy, tmp_path: Path, monkeypatch
+):
+    far, gone = tmp_path / "far", tmp_path / "gone"
+    url = f"file://{far}"
+    assert toy.run("--remote", url, "--to", "sft").code == 0
+    monkeypatch.setattr(storage, "PAUSE", 0.0)
+    far.rename(gone)
+    far.write_text("a file, in which nothing can be read")
+    away = toy.run("--remote", url, "--to", "label")
+    assert "the remote copy cannot be read: " in away.stderr
+    assert away.code == 74, "at the end the copy is behind"
+    assert (toy.run_dir / "label").is_dir()
+    far.unlink()
+    gone.rename(far)
+    back = toy.run("--remote", url, "--to", "label")
+    assert back.code == 0, back.stderr
+    assert any(name.startswith("label/") for name in index(url).files)
+    shutil.rmtree(toy.run_dir)
+    far.rename(gone)
+    far.write_text("a file, in which nothing can be read")
+    assert toy.run("--remote", url, "--to", "label").code == 74
+    assert not (toy.run_dir / "sft").exists(), "an empty directory waits for what the copy has"
 
 
 @pytest.mark.parametrize(
