@@ -16,7 +16,7 @@ from rlhf_cli.cli.error_rendering import print_error, report
 from rlhf_cli.distributed.signals import SignalStop
 from rlhf_cli.distributed.supervisor import supervise
 from rlhf_cli.distributed.worker import Worker
-from rlhf_cli.errors import DivergedError, Interrupted
+from rlhf_cli.errors import DivergedError, Interrupted, RunInUseError
 
 
 def main() -> int:
@@ -47,6 +47,9 @@ def play(mode: str, rank: int) -> None:
     if mode == "all diverge":
         time.sleep(0.1 * (2 - rank))
         raise DivergedError("loss was nan in 3 steps in a row")
+    if mode == "takeover":  # rank 0 asks all to stop, and says why after the last upload
+        time.sleep(0.5 * (1 - rank))
+        raise Interrupted(signal.SIGTERM) if rank else RunInUseError("s3://bucket/run was taken over by node-b")
     if mode == "signals":
         listen(rank)
     elif mode == "step":

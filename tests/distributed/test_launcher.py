@@ -108,6 +108,12 @@ def test_an_error_of_all_ranks_is_shown_once_with_its_exit_code(tmp_path):
     assert ended.stderr == "words of rank 0\nerror: loss was nan in 3 steps in a row\n"
 
 
+def test_the_reason_of_a_stop_that_a_rank_asked_for_is_shown(tmp_path):
+    ended = run(tmp_path, "takeover")
+    assert ended.returncode == 75
+    assert ended.stderr == "words of rank 0\nerror: s3://bucket/run was taken over by node-b\n"
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_a_signal_reaches_each_rank_once_and_all_may_save(signum, code, tmp_path):
     process = start(tmp_path, "signals")

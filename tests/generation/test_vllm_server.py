@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,6 +187,48 @@ def test_a_server_that_stays_away_is_named_with_the_command_that_starts_it(serve
         draws.generate(policy, REQUESTS)
     assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {tiny_llama} --weight-transfer-config" in caught.value.hint
     assert "it resumes" in caught.value.hint
+
+
+class Member:
+    """One of two processes that are threads; `all_gather_object` waits for the other one."""
+
+    count = 2
+
+    def __init__(self, index: int, given: list[object], meeting: threading.Barrier) -> None:
+        self.index, self.is_main = index, index == 0
+        self._given, self._meeting = given, meeting
+
+    def all_gather_object(self, item: object) -> list[object]:
+        self._given[self.index] = item
+        self._meeting.wait()
+        found = [*self._given]
+        self._meeting.wait()  # nobody gives the next item before both have read
+        return found
+
+    def any(self, flag: bool) -> bool:
+        return any(self.all_gather_object(flag))
+
+
+def test_a_process_that_alone_cannot_reach_the_server_does_not_part_from_the_others(server_of, tiny_llama, capsys):
+    server, given, meeting = server_of(tiny_llama), [None, None], threading.Barrier(2, timeout=60)
+    policies = [policy_at(tiny_llama, trains=True) for _ in range(2)]
+    both = [generator(server, policy) for policy in policies]
+    for index, draws in enumerate(both):
+        draws._processes = Member(index, given, meeting)
+    connect, failures = both[1]._server.connect, [ServerLostError("no route from process 1")]
+
+    def connect_unless_lost(*how: object) -> None:
+        if failures:
+            raise failures.pop()
+        connect(*how)
+
+    both[1]._server.connect = connect_unless_lost
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda draws, policy: draws.generate(policy, REQUESTS), both, policies))
+    assert found[0] == found[1]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was lost: no route from process 1; its completions are drawn again" in said
+    assert "was lost: another process could not reach it; its completions are drawn again" in said
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(trained):
